@@ -1,0 +1,1 @@
+"""Between Hugging Face's formats and ours. Installed as `llasa_jax.convert`."""

@@ -1,0 +1,1 @@
+"""From audio and text to records. Installed as `llasa_jax.data`."""

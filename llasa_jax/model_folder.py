@@ -1,0 +1,82 @@
+"""A model on disk, as this project keeps it.
+
+    model.json     its geometry (`ModelConfig`) and where it came from
+    hf/            the HF checkpoint's small files, byte for byte: config, generation config, tokenizer
+    params/        the weights, an Orbax checkpoint
+
+A training run's folder is laid out alike, with `checkpoints/STEP/params` in place of `params`, so that whatever takes a model
+takes a run as well and means its latest step.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from llasa_jax.config import ModelConfig, RopeScaling
+from llasa_jax.errors import UserError
+from llasa_jax.sharding import abstract_params
+
+MODEL_FILE, HF_FOLDER, PARAMS, CHECKPOINTS = "model.json", "hf", "params", "checkpoints"
+
+
+def write_description(folder: Path, config: ModelConfig, source: dict) -> None:
+    """Writes `model.json`. `source` says where the weights came from: at least `base_model`, HF's id or path of the start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).write_text(json.dumps({"config": dataclasses.asdict(config), "source": source}, indent=2) + "\n")
+
+
+def read_description(folder: Path) -> tuple[ModelConfig, dict]:
+    """The geometry and the source from `model.json`. UserError if the folder holds no model."""
+    path = Path(folder) / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no llasa-jax model ({MODEL_FILE} is missing); make one with `llasa-jax import-hf HF_FOLDER {folder}`")
+    description = json.loads(path.read_text())
+    config = description["config"]
+    if config["rope_scaling"] is not None:
+        config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
+    return ModelConfig(**config), description["source"]
+
+
+def copy_description(source: Path, destination: Path) -> None:
+    """Copies all that is not weights, so that a training run's folder stands alone."""
+    destination.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / MODEL_FILE, destination / MODEL_FILE)
+    shutil.copytree(source / HF_FOLDER, destination / HF_FOLDER, dirs_exist_ok=True)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps with a finished checkpoint in a run's folder, ascending. Orbax renames a checkpoint to its number when it is whole."""
+    checkpoints = Path(folder) / CHECKPOINTS
+    return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit()) if checkpoints.is_dir() else []
+
+
+def params_folder(folder: Path, step: int | None = None) -> Path:
+    """Where the weights lie: `params/` of a model, or those of a run's step (the latest by default)."""
+    folder = Path(folder)
+    if (folder / PARAMS).is_dir() and step is None:
+        return folder / PARAMS
+    steps = saved_steps(folder)
+    if not steps:
+        raise UserError(f"{folder} holds no weights; finish `llasa-jax import-hf` or train until the first checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return folder / CHECKPOINTS / str(step or steps[-1]) / PARAMS
+
+
+def load_params(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dict:
+    """The weights, each read straight into its shards on `mesh` and cast to `dtype`."""
+    config, _ = read_description(folder)
+    where = params_folder(folder, step)
+    target = abstract_params(config, mesh, dtype)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(where.absolute(), target)
+
+
+def save_params(folder: Path, params: dict) -> None:
+    """Writes `params/` into a model's folder."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((Path(folder) / PARAMS).absolute(), params)
