@@ -44,6 +44,7 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec"
     cannot be reached.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import PreTrainedConfig, Xcodec2Config, Xcodec2Model
 
     name = str(name)
@@ -74,7 +75,7 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec"
         model, loaded = Xcodec2Model.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         hint = "give a complete checkpoint in safetensors" if is_folder else "check the name and the network, or give a local folder"
         raise UserError(f"{name}: the codec cannot be loaded ({_first_line(error)}); {hint}.") from error
     faults = {

@@ -33,7 +33,9 @@ def read_description(folder: Path) -> tuple[ModelConfig, dict]:
     """The geometry and the source from `model.json`. UserError if the folder holds no model."""
     path = Path(folder) / MODEL_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no llasa-jax model ({MODEL_FILE} is missing); make one with `llasa-jax import-hf HF_FOLDER {folder}`")
+        raise UserError(
+            f"{folder} holds no llasa-jax model ({MODEL_FILE} is missing); make one with `llasa-jax import-hf HF_FOLDER {folder}`"
+        )
     description = json.loads(path.read_text())
     config = description["config"]
     if config["rope_scaling"] is not None:

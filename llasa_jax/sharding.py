@@ -20,12 +20,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """A (data, fsdp, tensor) mesh over `devices` (all by default); at most one size may be -1, "all that remain"."""
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
+    named = dict(zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-        raise UserError(f"mesh sizes must be positive, with at most one -1 for the rest, but are {dict(zip(MESH_AXES, shape, strict=True))}")
+        raise UserError(f"mesh sizes must be positive, with at most one -1 for the rest, but are {named}")
     fixed = int(np.prod([n for n in shape if n != -1]))
     if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
         raise UserError(
-            f"a mesh of {dict(zip(MESH_AXES, shape, strict=True))} does not divide {len(devices)} devices; "
+            f"a mesh of {named} does not divide {len(devices)} devices; "
             f"make the product of its sizes {len(devices)}, or set one of them to -1"
         )
     shape = [len(devices) // fixed if n == -1 else n for n in shape]

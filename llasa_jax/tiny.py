@@ -29,7 +29,8 @@ def make_tiny_codec(folder: str | Path, seed: int = 0) -> Path:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=16,
-        encoder_hidden_size=2,
+        encoder_hidden_size=1,
+        downsampling_ratios=(5, 4, 4, 2, 2),  # the real ones reversed: fewer samples in the costly early layers
         quantization_dim=64,
         semantic_model_config=semantic,
     )
@@ -39,8 +40,12 @@ def make_tiny_codec(folder: str | Path, seed: int = 0) -> Path:
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 fan_in = weight[0].numel()
-                weight.normal_(0, fan_in**-0.5, generator=generator)
+                # half as much into the quantizer, or its tanh saturates and only the outer two of four levels are used
+                gain = 0.5 if name == "quantizer.project_in.weight" else 1.0
+                weight.normal_(0, gain * fan_in**-0.5, generator=generator)
             elif name.endswith(("alpha", "beta")):
                 weight.normal_(0, 0.3, generator=generator)
+            elif not name.endswith(".weight"):  # biases; what is left are the norms' ones
+                weight.zero_()
     model.save_pretrained(folder)
     return Path(folder)

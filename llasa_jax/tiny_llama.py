@@ -15,9 +15,7 @@ SPECIAL_TOKENS = (
     "<|eot_id|>",
 )
 # How Llama 3 cuts text into words before byte-pair merges.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Writes what Llama 3.2's own template writes for plain conversations: a dated system turn always, contents trimmed.
 CHAT_TEMPLATE = r"""
 {%- set date = date_string if date_string is defined else (strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024") -%}

@@ -1,0 +1,137 @@
+"""The dataset on disk: a TFDS dataset of ArrayRecord files, written and read without TensorFlow.
+
+An example is a dict of `id`, `text`, `speaker`, `description`, `language` (str) and `codes` (uint16 array (frames,)).
+metadata.json, beside the records, says which codec made the codes.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from llasa_jax.errors import UserError
+
+_TEXTS = ("id", "text", "speaker", "description", "language")
+
+
+class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
+    """Utterances as text and XCodec2 codes; `splits` and `metadata` as in `write_dataset`."""
+
+    name = "llasa_speech"
+    code_path = Path(__file__)  # TFDS would look below the package's own folder, with a module it does not depend on
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "id, text, codes, speaker, description, language."}
+
+    def __init__(self, splits: dict[str, Iterable[dict]], metadata: dict, **kwargs):
+        self._splits, self._metadata = splits, metadata
+        super().__init__(**kwargs)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Utterances as text and XCodec2 codes, for Llasa.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "text": tfds.features.Text(),
+                    "codes": tfds.features.Tensor(shape=(None,), dtype=np.uint16),
+                    "speaker": tfds.features.Text(),
+                    "description": tfds.features.Text(),
+                    "language": tfds.features.Text(),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(self._metadata),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(examples) for split, examples in self._splits.items()}
+
+    def _generate_examples(self, examples):
+        for example in examples:
+            yield example["id"], example
+
+
+def write_dataset(out: str | os.PathLike, splits: dict[str, Iterable[dict]], metadata: dict) -> None:
+    """Writes a dataset that `tfds.builder_from_directory(out)` and `open_dataset(out, split)` read.
+
+    `splits` gives each split's examples, streamed: memory holds at most TFDS's shuffle buffer (1 GB; it orders records by
+    the hash of their id). `metadata` is a flat dict, kept in metadata.json: codec, fingerprint, hop, sample_rate. Everything is
+    written to `<out>.building` and renamed at the end. Raises `UserError` if `out` is there already or a split is empty.
+    """
+    out = Path(out)
+    check_new(out)
+    building = out.with_name(f"{out.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # what a killed run left
+    try:
+        builder = LlasaSpeech(splits=splits, metadata=metadata, data_dir=building, file_format="array_record")
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the folder that is about to be renamed
+                builder.download_and_prepare(download_dir=building / "downloads", download_config=config)
+        except AssertionError as error:
+            if "No examples" not in str(error):
+                raise
+            raise UserError(f"{out}: not written, a split has no examples; leave it out of {', '.join(splits)}.") from error
+        os.rename(builder.data_path, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def check_new(out: Path) -> None:
+    """Raises `UserError` where a dataset must not be written: over a file, or into a folder that holds something."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: already exists; give another folder, or delete it first.")
+
+
+class Records:
+    """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a uint16 array. Picklable."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        example = self._source[index]
+        return {"codes": example["codes"], **{key: example[key].decode() for key in _TEXTS}}
+
+
+def open_dataset(folder: str | os.PathLike, split: str) -> Records:
+    """Opens one split of a dataset that `write_dataset` made.
+
+    Raises `UserError` if the folder is no such dataset, has no such split, or lacks one of the split's files.
+    """
+    folder = Path(folder)
+    read_metadata(folder)
+    info = tfds.builder_from_directory(folder).info
+    if split not in info.splits:
+        raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(info.splits))}.")
+    missing = [str(path) for path in info.splits[split].filepaths if not Path(path).is_file()]
+    if missing:
+        raise UserError(f"{folder}: the split {split!r} lacks {Path(missing[0]).name}; copy the whole folder again.")
+    return Records(tfds.builder_from_directory(folder).as_data_source(split))
+
+
+def read_metadata(folder: str | os.PathLike) -> dict:
+    """The `metadata` that `write_dataset` was given. Raises `UserError` if the folder is no such dataset."""
+    folder = Path(folder)
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no dataset of codes, it has no {name}; make one with `llasa-jax encode`.")
+    try:
+        name = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get("name")
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder}: damaged, one of its .json files is not JSON ({error}); copy the whole folder again.") from error
+    if name != LlasaSpeech.name:
+        raise UserError(f"{folder}: a TFDS dataset named {name!r}, not {LlasaSpeech.name!r}; make one with `llasa-jax encode`.")
+    return metadata

@@ -1,0 +1,179 @@
+"""All settings of a training run, as a YAML file spells them. A recipe in `configs/` is the experiment; unknown keys are errors."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from llasa_jax.errors import UserError
+from llasa_jax.prompts import PromptSettings
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """`path`: a folder that `import-hf` made. Arithmetic in `dtype` over weights kept in `param_dtype`.
+
+    `remat` "full" recomputes layers in the backward pass to save memory; `loss_chunk` is how many tokens of each row the loss takes
+    at a time.
+    """
+
+    path: str = ""
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: Literal["none", "full"] = "full"
+    loss_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`path`: a folder that `encode` made. Clips longer than a row of `max_length` tokens are dropped and counted, or cut."""
+
+    path: str = ""
+    train_split: str = "train"
+    validation_split: str = ""
+    max_length: int = 2048
+    too_long: Literal["drop", "cut"] = "drop"
+    pack: bool = True
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each axis; -1 means all that remain. `data` repeats the weights, `fsdp` splits them, `tensor` splits each layer.
+
+    `hosts` true joins the processes that run this same command on every host (`jax.distributed.initialize()`).
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    hosts: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW. `schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the warm-up.
+
+    Weight decay leaves out the norms, as HF's Trainer does. `clip` bounds the gradient's global norm; 0 turns that off.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """`rows` and `accumulation` make the global batch, whatever the number of devices. `steps` 0 means: as many as `epochs` take."""
+
+    epochs: float = 2.0
+    steps: int = 0
+    rows: int = 16
+    accumulation: int = 1
+    seed: int = 0
+    save_every: int = 500
+    keep: int = 2
+    validate_every: int = 500
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """`every`: steps between lines on the terminal; `metrics.jsonl` has them all. `wandb`: a project's name, to log there as well."""
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run. `out` is its folder: settings, metrics, checkpoints; the same command goes on from the last checkpoint."""
+
+    out: str = ""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self):
+        for name, value in {"out": self.out, "model.path": self.model.path, "data.path": self.data.path}.items():
+            if not value:
+                raise UserError(f"{name} is not set; give it in the config or as --{name}=FOLDER")
+        if self.data.max_length % self.model.loss_chunk:
+            raise UserError(
+                f"model.loss_chunk={self.model.loss_chunk} does not divide data.max_length={self.data.max_length}; choose a divisor"
+            )
+        train = self.train
+        for name, value in {"train.rows": train.rows, "train.accumulation": train.accumulation, "train.keep": train.keep}.items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1 but is {value}")
+        if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
+            raise UserError(f"set train.steps or train.epochs above 0 (they are {train.steps} and {train.epochs})")
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Settings from `--config FILE` and `--any.setting=value`, the later winning. UserError on an unknown key or a bad value."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog="llasa-jax train", exit_on_error=False, allow_abbrev=False, description="Finetunes a model on records.")
+    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
+    parser.add_class_arguments(Settings)
+    known = _keys(Settings)
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name == "config":
+            _check_file(Path(value if equals else "".join(arguments[at + 1 : at + 2])), known)
+        elif argument.startswith("--") and name not in ("help", "print_config"):
+            _check_key(name, "the command line", known)
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    parsed.pop("config")
+    return Settings(**vars(parser.instantiate(parsed)))
+
+
+def _keys(cls: type, prefix: str = "") -> set[str]:
+    """Every setting's full name, and every group's."""
+    keys = set()
+    for field_ in fields(cls):
+        keys.add(prefix + field_.name)
+        if is_dataclass(field_.type):
+            keys |= _keys(field_.type, f"{prefix}{field_.name}.")
+    return keys
+
+
+def _check_file(path: Path, known: set[str]) -> None:
+    if not path.is_file():
+        raise UserError(f"the config {path} does not exist; recipes lie in configs/")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"the config {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"the config {path} must hold settings as `key: value`, as the recipes in configs/ do")
+
+    def check(tree: dict, prefix: str):
+        for key, value in tree.items():
+            _check_key(f"{prefix}{key}", str(path), known)
+            if isinstance(value, dict):
+                check(value, f"{prefix}{key}.")
+
+    check(content, "")
+
+
+def _check_key(key: str, where: str, known: set[str]) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1, 0.0)
+        raise UserError(f"unknown setting {key} in {where}; did you mean {close[0]}?")

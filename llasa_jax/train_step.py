@@ -1,0 +1,96 @@
+"""One step of training: a jitted function over sharded parameters, optimizer state and a batch of packed rows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llasa_jax.config import ModelConfig
+from llasa_jax.loss import chunked_cross_entropy
+from llasa_jax.model import Llama
+from llasa_jax.settings import ModelSettings
+from llasa_jax.sharding import ROWS, abstract_params
+
+
+class TrainStep:
+    """The compiled train and validation steps of one model on one mesh.
+
+    A batch is a dict of arrays [accumulation, rows, length] as `batching.batches` makes them, sharded as `batch_sharding`.
+    """
+
+    def __init__(self, config: ModelConfig, settings: ModelSettings, optimizer: optax.GradientTransformation, mesh: Mesh):
+        self.config, self.settings, self.optimizer, self.mesh = config, settings, optimizer, mesh
+        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(settings.dtype), remat=settings.remat))
+        self.graphdef = nnx.graphdef(model)
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
+        self.params = abstract_params(config, mesh, jnp.dtype(settings.param_dtype))
+        self.opt_state = self._abstract_opt_state()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.params, self.opt_state))
+        self.init = jax.jit(optimizer.init, out_shardings=shardings[1])
+        self.train = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*shardings, self.replicated))
+        self.validate = jax.jit(lambda params, batch: self._losses(params, batch), out_shardings=self.replicated)
+
+    def _abstract_opt_state(self):
+        """The optimizer's state as shapes: moments lie where their parameters lie, counters everywhere."""
+        state = jax.eval_shape(self.optimizer.init, self.params)
+
+        def place(leaf, sharding):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda leaf, param: place(leaf, param.sharding),
+            state,
+            self.params,
+            transform_non_params=lambda leaf: place(leaf, self.replicated),
+        )
+
+    def _sums(self, params, micro_batch):
+        """Summed loss (nats) and correct predictions of one micro-batch [rows, length]."""
+        rows = jax.lax.with_sharding_constraint(micro_batch, NamedSharding(self.mesh, ROWS))
+        model = nnx.merge(self.graphdef, params)
+        hidden = model(rows["tokens"], rows["positions"], rows["segment_ids"])
+        return chunked_cross_entropy(
+            hidden,
+            model.output_table,
+            rows["targets"],
+            rows["loss_mask"],
+            vocab_size=self.config.vocab_size,
+            chunk=self.settings.loss_chunk,
+        )
+
+    def _losses(self, params, batch):
+        """Sums over a whole batch without gradients, so that many batches average exactly: nats, correct predictions, targets."""
+        nats, correct = jax.lax.map(partial(self._sums, params), batch)
+        return {"nats": nats.sum(), "correct": correct.sum(), "targets": batch["loss_mask"].sum(dtype=jnp.float32)}
+
+    def _train(self, params, opt_state, batch):
+        """The mean over all targets of the whole batch, whatever micro-batch or device they are on, and one update for it."""
+        targets = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1.0)
+
+        def mean_loss(params, micro_batch):
+            nats, correct = self._sums(params, micro_batch)
+            return nats / targets, correct
+
+        def accumulate(carry, micro_batch):
+            (loss, correct), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, micro_batch)
+            return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
+
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        if batch["tokens"].shape[0] == 1:
+            (loss, correct, grads), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], batch))
+        else:
+            (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        metrics = {
+            "loss": loss,
+            "accuracy": correct / targets,
+            "grad_norm": optax.tree.norm(grads),
+            "targets": targets,
+            "fill": jnp.mean(batch["segment_ids"] > 0),
+        }
+        return optax.apply_updates(params, updates), opt_state, metrics

@@ -1,0 +1,143 @@
+"""Packing: every clip whole, once, in its own segment, in an order that is seeded and the same on any number of hosts."""
+
+import numpy as np
+import pytest
+
+from llasa_jax.batching import BatchShape, batches, measure
+from llasa_jax.errors import UserError
+from llasa_jax.prompts import Prompter, PromptSettings, Utterance
+from llasa_jax.tiny_llama import make_tiny_tokenizer
+
+SHAPE = BatchShape(accumulation=2, rows=4, length=512)
+
+
+@pytest.fixture(scope="module")
+def prompter():
+    return Prompter(make_tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def clips():
+    rng = np.random.default_rng(0)
+    return [Utterance("some words", rng.integers(0, 65_536, rng.integers(50, 250)).astype(np.uint16), f"clip{i}") for i in range(150)]
+
+
+def segments(batch):
+    """Every packed clip of a batch, as dicts of its slices."""
+    rows = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
+    for r in range(len(rows["tokens"])):
+        for segment in range(1, rows["segment_ids"][r].max() + 1):
+            where = rows["segment_ids"][r] == segment
+            yield {name: array[r][where] for name, array in rows.items()}
+
+
+def test_every_clip_once_and_whole(prompter, clips):
+    found = [s["tokens"].tobytes() for batch in batches(clips, prompter, SHAPE, seed=0, repeat=False) for s in segments(batch)]
+    assert sorted(found) == sorted(prompter.example(clip).tokens.tobytes() for clip in clips)
+
+
+def test_rows(prompter, clips):
+    for batch in batches(clips, prompter, SHAPE, seed=0, repeat=False):
+        assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+            "tokens": ((2, 4, 512), "int32"),
+            "targets": ((2, 4, 512), "int32"),
+            "loss_mask": ((2, 4, 512), "bool"),
+            "segment_ids": ((2, 4, 512), "int32"),
+            "positions": ((2, 4, 512), "int32"),
+        }
+        for s in segments(batch):
+            n = len(s["tokens"])
+            np.testing.assert_array_equal(s["positions"], np.arange(n))
+            np.testing.assert_array_equal(s["targets"][:-1], s["tokens"][1:])
+            learned = s["targets"][s["loss_mask"]]
+            assert learned[0] == prompter.vocab.speech_start
+            assert learned[-1] == prompter.vocab.speech_end
+            assert len(learned) == len(prompter.vocab.codes_of(s["tokens"])) + 2
+        assert not batch["loss_mask"][batch["segment_ids"] == 0].any()
+
+
+def test_hidden_tokens_go_to_the_paddings_segment(clips):
+    tokenizer = make_tiny_tokenizer()
+    prompter = Prompter(tokenizer, PromptSettings(mask="upstream"))
+    batch = next(iter(batches(clips, prompter, SHAPE, seed=0)))
+    eot = batch["tokens"] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert eot.sum() > 10
+    assert (batch["segment_ids"][eot] == 0).all()
+    inside = np.flatnonzero(eot[0, 0])[0]
+    assert batch["positions"][0, 0, inside] == inside
+    assert batch["segment_ids"][0, 0, inside + 1] == 1
+
+
+def test_without_packing_a_row_is_a_clip(prompter, clips):
+    batch = next(iter(batches(clips, prompter, SHAPE, seed=0, pack=False)))
+    np.testing.assert_array_equal(batch["segment_ids"].max(-1), 1)
+
+
+def test_seeded_and_shuffled_anew_each_epoch(prompter, clips):
+    def order(seed, count=40):
+        iterator = iter(batches(clips, prompter, SHAPE, seed=seed))
+        return [s["tokens"].tobytes() for _ in range(count) for s in segments(next(iterator))]
+
+    first = order(0)
+    assert first == order(0)
+    assert first != order(1)
+    assert set(first[:100]) != set(first[150:250])
+
+
+def test_hosts_share_out_every_epoch(prompter, clips):
+    seen = []
+    for host in range(2):
+        iterator = iter(batches(clips, prompter, SHAPE, seed=3, process=(host, 2)))
+        batch = next(iterator)
+        assert batch["tokens"].shape == (2, 2, 512)
+        for _ in range(30):
+            seen.append(np.concatenate([np.frombuffer(s["tokens"].tobytes(), np.int32)[-20:] for s in segments(next(iterator))]).size)
+    with pytest.raises(UserError, match="train.rows=4 does not divide over 3 hosts"):
+        batches(clips, prompter, SHAPE, seed=3, process=(0, 3))
+    once = [
+        {s["tokens"].tobytes() for batch in batches(clips, prompter, SHAPE, seed=0, repeat=False, process=(h, 2)) for s in segments(batch)}
+        for h in range(2)
+    ]
+    assert len(once[0]) == len(once[1]) == 75
+    assert not once[0] & once[1]
+
+
+def test_resumes_from_its_state(prompter, clips):
+    iterator = iter(batches(clips, prompter, SHAPE, seed=0))
+    for _ in range(3):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator) for _ in range(4)]
+    again = iter(batches(clips, prompter, SHAPE, seed=0))
+    again.set_state(state)
+    for batch in expected:
+        for name, array in next(again).items():
+            np.testing.assert_array_equal(array, batch[name])
+
+
+def test_long_clips_are_dropped_or_cut(prompter, clips):
+    long = [*clips[:10], Utterance("some words", np.zeros(3000, np.uint16), "long")]
+    fit = measure(long, prompter, 512)
+    assert (fit.clips, fit.too_long, fit.exact) == (10, 1, True)
+    assert fit.tokens == sum(len(prompter.example(clip).tokens) for clip in clips[:10])
+    assert sum(1 for batch in batches(long, prompter, SHAPE, seed=0, repeat=False) for _ in segments(batch)) == 10
+    cut = [s for batch in batches(long, prompter, SHAPE, seed=0, repeat=False, too_long="cut") for s in segments(batch)]
+    assert len(cut) == 11
+    assert max(len(s["tokens"]) for s in cut) == 512
+    with pytest.raises(UserError, match="none of the clips fits rows of 512 tokens"):
+        measure(long[-1:], prompter, 512)
+
+
+def test_a_sample_measures_many(prompter, clips):
+    exact, sampled = measure(clips, prompter, 512), measure(clips, prompter, 512, sample=50)
+    assert not sampled.exact
+    assert abs(sampled.tokens / exact.tokens - 1) < 0.1
+
+
+def test_ljspeech_lengths_fill_the_rows(prompter):
+    """LJSpeech: 1.1 to 10.1 s, 6.6 on average, some 100 characters; rows of 2,048 hold four to five clips."""
+    rng = np.random.default_rng(0)
+    seconds = np.clip(rng.gamma(9.0, 0.73, 2000), 1.1, 10.1)
+    clips = [Utterance("word " * int(s * 3), np.zeros(int(s * 50), np.uint16), str(i)) for i, s in enumerate(seconds)]
+    iterator = iter(batches(clips, prompter, BatchShape(1, 8, 2048), seed=0))
+    assert np.mean([(next(iterator)["segment_ids"] > 0).mean() for _ in range(40)]) > 0.95

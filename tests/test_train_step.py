@@ -1,0 +1,143 @@
+"""The train step against PyTorch: HF's LLaMA, `torch.optim.AdamW`, HF's schedule, torch's clipping. And against itself on other meshes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from reference import config_of, hf_llama, our_tree, params_of
+from transformers import get_cosine_schedule_with_warmup
+
+from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
+from llasa_jax.settings import ModelSettings, OptimizerSettings
+from llasa_jax.sharding import make_mesh, parameter_shardings
+from llasa_jax.train_step import TrainStep
+
+STEPS, ACCUMULATION, ROWS, LENGTH = 20, 2, 8, 64
+OPTIMIZER = OptimizerSettings(learning_rate=3e-3, warmup_ratio=0.2, weight_decay=0.1, clip=0.5)
+
+
+def make_batches():
+    """Rows of two clips each, of 36 and 20 tokens, and 8 of padding."""
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        tokens = rng.integers(0, 300, (ACCUMULATION, ROWS, LENGTH)).astype(np.int32)
+        segment_ids = np.broadcast_to(np.repeat([1, 2, 0], [36, 20, 8]), tokens.shape).astype(np.int32)
+        positions = np.broadcast_to(np.concatenate([np.arange(36), np.arange(20), np.arange(8)]), tokens.shape).astype(np.int32)
+        learns = rng.random(tokens.shape) < 0.6
+        learns[..., [0, 36]] = False
+        learns &= segment_ids > 0
+        yield {
+            "tokens": tokens,
+            "targets": np.roll(tokens, -1, -1),
+            "loss_mask": np.roll(learns, -1, -1),
+            "segment_ids": segment_ids,
+            "positions": positions,
+        }
+
+
+def train(hf, mesh, steps=STEPS, **model_settings):
+    config = config_of(hf)
+    settings = ModelSettings(dtype="float32", loss_chunk=16, **model_settings)
+    functions = TrainStep(config, settings, make_optimizer(OPTIMIZER, STEPS), mesh)
+    params = jax.device_put(params_of(hf), parameter_shardings(config, mesh))
+    opt_state = functions.init(params)
+    metrics = []
+    for batch, _ in zip(make_batches(), range(steps), strict=False):
+        params, opt_state, numbers = functions.train(params, opt_state, jax.device_put(batch, functions.batch_sharding))
+        metrics.append({name: float(value) for name, value in numbers.items()})
+    return metrics, jax.device_get(params)
+
+
+def train_in_torch(hf):
+    decayed = [w for name, w in hf.named_parameters() if "norm" not in name]
+    norms = [w for name, w in hf.named_parameters() if "norm" in name]
+    groups = [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps)
+    schedule = get_cosine_schedule_with_warmup(adamw, round(OPTIMIZER.warmup_ratio * STEPS), STEPS)
+    metrics = []
+    for batch in make_batches():
+        nats = count = 0
+        for tokens, learns in zip(batch["tokens"].reshape(-1, LENGTH), np.roll(batch["loss_mask"], 1, -1).reshape(-1, LENGTH), strict=True):
+            for clip in (slice(0, 36), slice(36, 56)):
+                ids = torch.from_numpy(tokens[clip]).long()
+                labels = torch.where(torch.from_numpy(learns[clip]), ids, -100)
+                logits = hf(ids[None]).logits[0]
+                nats = nats + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
+                count += (labels[1:] != -100).sum()
+        loss = nats / count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), OPTIMIZER.clip)
+        adamw.step()
+        schedule.step()
+        adamw.zero_grad()
+        metrics.append({"loss": loss.item(), "grad_norm": norm.item()})
+    return metrics
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_twenty_steps_equal_torch(tied):
+    hf = hf_llama(tied=tied)
+    ours, params = train(hf, make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    theirs = train_in_torch(hf)
+    # Float32 round-off, which Adam's division by small second moments enlarges from step to step.
+    np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in theirs], atol=1e-4)
+    np.testing.assert_allclose([m["grad_norm"] for m in ours], [m["grad_norm"] for m in theirs], rtol=1e-3)
+    assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
+    state = {name: tensor.detach().numpy() for name, tensor in hf.state_dict().items()}
+    after = our_tree(state.__getitem__, config_of(hf))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, params_of(hf_llama(tied=tied)))
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    for (path, mine), its in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-3, err_msg=str(path))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 4, 1)])
+def test_every_mesh_gives_the_same_numbers(shape):
+    one, params_of_one = train(hf_llama(), make_mesh(1, 1, 1, devices=jax.devices()[:1]), steps=3)
+    many, params_of_many = train(hf_llama(), make_mesh(*shape), steps=3)
+    for name in one[0]:
+        np.testing.assert_allclose([m[name] for m in many], [m[name] for m in one], rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params_of_many, params_of_one)
+
+
+def test_state_lies_with_its_parameters():
+    hf = hf_llama()
+    functions = TrainStep(config_of(hf), ModelSettings(), make_optimizer(OPTIMIZER, STEPS), make_mesh(2, 2, 2))
+    opt_state = functions.init(jax.device_put(params_of(hf), parameter_shardings(config_of(hf), functions.mesh)))
+    sizes = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim > 2]
+    assert sizes
+    assert set(sizes) == {0.25}
+
+
+def test_remat_and_chunks_change_nothing():
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    plain, _ = train(hf_llama(), mesh, steps=3, remat="none")
+    again, _ = train(hf_llama(), mesh, steps=3, remat="full")
+    np.testing.assert_allclose([m["loss"] for m in plain], [m["loss"] for m in again], rtol=1e-6)
+
+
+def test_validation_averages_the_same_loss():
+    hf = hf_llama()
+    mesh = make_mesh()
+    functions = TrainStep(config_of(hf), ModelSettings(dtype="float32", loss_chunk=16), make_optimizer(OPTIMIZER, STEPS), mesh)
+    params = jax.device_put(params_of(hf), parameter_shardings(config_of(hf), mesh))
+    batch = jax.device_put(next(make_batches()), functions.batch_sharding)
+    sums = functions.validate(params, batch)
+    _, _, metrics = functions.train(params, functions.init(params), batch)
+    np.testing.assert_allclose(sums["nats"] / sums["targets"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(sums["correct"] / sums["targets"], metrics["accuracy"], rtol=1e-6)
+
+
+def test_schedules_are_hfs():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    for settings, ratio in ((OPTIMIZER, 0.2), (dataclasses.replace(OPTIMIZER, warmup_ratio=0.0), 0.0)):
+        hf = get_cosine_schedule_with_warmup(torch.optim.SGD([weight], lr=settings.learning_rate), round(ratio * STEPS), STEPS)
+        ours = learning_rate_schedule(settings, STEPS)
+        for step in range(STEPS):
+            np.testing.assert_allclose(ours(step), hf.get_last_lr()[0], atol=1e-9)
+            hf.optimizer.step()
+            hf.step()
+    constant = learning_rate_schedule(dataclasses.replace(OPTIMIZER, schedule="constant"), STEPS)
+    np.testing.assert_allclose([constant(0), constant(2), constant(4), constant(19)], np.array([0, 0.5, 1, 1]) * OPTIMIZER.learning_rate)
