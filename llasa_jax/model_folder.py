@@ -33,9 +33,7 @@ def read_description(folder: Path) -> tuple[ModelConfig, dict]:
     """The geometry and the source from `model.json`. UserError if the folder holds no model."""
     path = Path(folder) / MODEL_FILE
     if not path.is_file():
-        raise UserError(
-            f"{folder} holds no llasa-jax model ({MODEL_FILE} is missing); make one with `llasa-jax import-hf HF_FOLDER {folder}`"
-        )
+        raise UserError(f"{folder} holds no model, it has no {MODEL_FILE}; make one with `llasa-jax import-hf HF_FOLDER {folder}`")
     description = json.loads(path.read_text())
     config = description["config"]
     if config["rope_scaling"] is not None:
@@ -66,7 +64,7 @@ def params_folder(folder: Path, step: int | None = None) -> Path:
         raise UserError(f"{folder} holds no weights; finish `llasa-jax import-hf` or train until the first checkpoint")
     if step is not None and step not in steps:
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return folder / CHECKPOINTS / str(step or steps[-1]) / PARAMS
+    return folder / CHECKPOINTS / str(steps[-1] if step is None else step) / PARAMS
 
 
 def load_params(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dict:

@@ -44,7 +44,9 @@ def make_tiny_tokenizer(texts: Iterable[str] = SAMPLE_TEXT, extend: bool = True)
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False))
+    # Every word of so small a text becomes a token, as common words are in a real vocabulary.
+    trainer = trainers.BpeTrainer(vocab_size=2048, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
     bos = SPECIAL_TOKENS[0]
     bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
