@@ -13,6 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -21,6 +22,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.sharding import abstract_params
 
 MODEL_FILE, HF_FOLDER, PARAMS, CHECKPOINTS = "model.json", "hf", "params", "checkpoints"
+CHUNK_BYTES = 64 << 20
 
 
 def write_description(folder: Path, config: ModelConfig, source: dict) -> None:
@@ -79,4 +81,13 @@ def load_params(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dic
 def save_params(folder: Path, params: dict) -> None:
     """Writes `params/` into a model's folder."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((Path(folder) / PARAMS).absolute(), params)
+        checkpointer.save((Path(folder) / PARAMS).absolute(), params, save_args=chunking(params))
+
+
+def chunking(params: dict) -> dict:
+    """Orbax's `save_args` for a parameter tree: a layer a chunk and tables in pieces, so that an export need not hold a whole stack."""
+
+    def save_args(path, _) -> ocp.SaveArgs:
+        return ocp.SaveArgs(shard_axes=(0,)) if path[0] == jax.tree_util.DictKey("layers") else ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+
+    return jax.tree.map_with_path(save_args, params)

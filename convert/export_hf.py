@@ -1,0 +1,117 @@
+"""`llasa-jax export-hf`: a model's or a run's folder becomes an HF checkpoint, piece by piece."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llasa_jax.convert.hf_config import dtype_key
+from llasa_jax.convert.hf_files import (
+    CARD,
+    CONFIG,
+    copy_small_files,
+    load_tokenizer,
+    read_json,
+    speaks,
+    write_generation_config,
+    write_json,
+)
+from llasa_jax.convert.model_card import model_card
+from llasa_jax.convert.names import places
+from llasa_jax.convert.new_folder import new_folder
+from llasa_jax.convert.params_io import ParamsReader
+from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, named_dtype, parse_size
+from llasa_jax.convert.verify import verify as verify_logits
+from llasa_jax.errors import UserError
+from llasa_jax.model_folder import CHECKPOINTS, HF_FOLDER, params_folder, read_description
+
+
+def export_hf(
+    source: Path,
+    destination: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    verify: bool = False,
+    push_to_hub: str | None = None,
+) -> None:
+    """Writes the HF checkpoint `destination` from `source`, a model's folder or a run's (at `step`, the latest by default).
+
+    Weights are written in the imported checkpoint's types unless `dtype` is given, the tables cut back to `vocab_size` rows, one copy
+    where head and embedding are tied. Tokenizer files are those that were imported. `verify` compares logits with transformers'
+    before the folder gets its name; `push_to_hub` uploads it to that repository. Raises UserError; then nothing is left behind.
+    """
+    source, destination = Path(source), Path(destination)
+    config, origin = read_description(source)
+    where = params_folder(source, step)
+    reader = ParamsReader(where, config)
+    names = {(place.path, place.layer): name for name, place in places(config).items()}
+    shapes = {name: place.shape for name, place in places(config).items()}
+    dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
+    needs = sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items())
+    limit = parse_size(max_shard_size)
+    with new_folder(destination, needs) as partial:
+        writer = SafetensorsWriter(partial, shapes, dtypes, limit)
+        with writer, tqdm(total=len(names), desc="exporting", unit="tensor", disable=None) as bar:
+            for path in reader.dtypes:
+                _export_parameter(reader, path, names, shapes, dtypes, writer, bar)
+        copy_small_files(source / HF_FOLDER, partial)
+        _write_config(partial, config.vocab_size, dtypes)
+        tokenizer = load_tokenizer(partial)
+        if speaks(tokenizer):
+            write_generation_config(partial, tokenizer)
+        trained = int(where.parent.name) if where.parent.parent.name == CHECKPOINTS else None
+        (partial / CARD).write_text(model_card(source, origin, push_to_hub or destination.absolute().name, trained, speaks(tokenizer)))
+        if verify:
+            verify_logits(partial, source, step=step).check()
+    if push_to_hub:
+        _push(destination, push_to_hub)
+
+
+def _dtype_of(path: str, dtype: str | None, origin: dict, reader: ParamsReader) -> np.dtype:
+    """The type to write: the one asked for, else that of the imported checkpoint, else that of our weights."""
+    if dtype is None and "dtype" not in origin:
+        return reader.dtypes[path]
+    return named_dtype(dtype or origin.get("other_dtypes", {}).get(path, origin["dtype"]))
+
+
+def _export_parameter(reader, path, names, shapes, dtypes, writer, bar) -> None:
+    faults = {}
+    for start, piece in reader.pieces(path):
+        stacked = path.startswith("layers.")
+        for name, first, rows in (
+            [(names[path, start + i], 0, layer) for i, layer in enumerate(piece)] if stacked else [(names[path, None], start, piece)]
+        ):
+            rows = cast(rows.reshape(-1, *shapes[name][1:])[: shapes[name][0] - first], dtypes[name])
+            faults[name] = faults.get(name) or fault(rows)
+            writer.write(name, rows, first)
+            bar.update(stacked)
+    bar.update(not path.startswith("layers."))
+    for name, kind in faults.items():
+        if kind:
+            warnings.warn(f"{reader.where}: {name} contains {kind} as {dtypes[name]}; use another checkpoint or type", stacklevel=3)
+
+
+def _write_config(folder: Path, vocab_size: int, dtypes: dict[str, np.dtype]) -> None:
+    """The imported config, every key kept, with what is true of these weights."""
+    config = read_json(folder / CONFIG)
+    common = Counter(map(str, dtypes.values())).most_common(1)[0][0]
+    told = {"vocab_size": vocab_size, dtype_key(config): common, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    write_json(folder / CONFIG, config | told)
+
+
+def _push(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message="Exported by llasa-jax")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"{folder} is whole but could not be uploaded to {repo} ({reason}); log in, then `hf upload {repo} {folder}`"
+        ) from error

@@ -1,0 +1,102 @@
+"""The small files of an HF checkpoint: which belong to a model, what they say, and what a model that speaks changes in them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+from llasa_jax.convert.safetensors_io import INDEX
+from llasa_jax.errors import UserError
+from llasa_jax.vocab import MARKERS, SPEECH_GENERATION
+
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, CARD = "config.json", "generation_config.json", "tokenizer_config.json", "README.md"
+KEPT = re.compile(r".*\.(json|jinja|model|txt|md)|LICEN[CS]E.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE)
+MORE_TEMPLATES = "additional_chat_templates"
+# What transformers writes for a tokenizer; all of it is replaced together.
+TOKENIZER_FILES = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+# Neither ends a turn, so HF's `generate` hides nothing of the prompt when it masks padding.
+PADS = ("<|finetune_right_pad_id|>", "<|end_of_text|>")
+
+
+def copy_small_files(source: Path, destination: Path) -> None:
+    """Copies a checkpoint's files other than weights, byte for byte: configs, tokenizer, chat templates, card, licence."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and KEPT.fullmatch(path.name) and path.name != INDEX:
+            shutil.copyfile(path, destination / path.name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, destination / MORE_TEMPLATES)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. UserError where it is absent or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give the folder of a complete HF checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes as HF does. A file that says the same already stays as it is, byte for byte."""
+    if not path.is_file() or read_json(path) != content:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in an HF folder, or None if there is none. UserError where it cannot be read."""
+    from transformers import AutoTokenizer
+
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0][:200]}); download it again") from error
+
+
+def speaks(tokenizer) -> bool:
+    """Whether a tokenizer (or None) has Llasa's speech tokens."""
+    return tokenizer is not None and MARKERS[0] in tokenizer.get_vocab()
+
+
+def write_generation_config(folder: Path, tokenizer) -> None:
+    """Makes `generate` stop at <|SPEECH_GENERATION_END|> and pad with a token that ends no turn. All else stays.
+
+    `folder` is an HF folder with a config.json, `tokenizer` one that speaks. HF hides every pad token of a prompt from attention, and
+    would hide the ends of its turns where <|eot_id|> pads.
+    """
+    path = folder / GENERATION_CONFIG
+    config = read_json(folder / CONFIG)
+    generation = read_json(path) if path.is_file() else {name: config[name] for name in ("bos_token_id", "eos_token_id") if name in config}
+    ends = generation.get("eos_token_id")
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    speech_end = tokenizer.convert_tokens_to_ids(SPEECH_GENERATION[1])
+    generation["eos_token_id"] = ends if speech_end in ends else [*ends, speech_end]
+    vocab = tokenizer.get_vocab()
+    if generation.get("pad_token_id") in (None, -1, vocab.get("<|eot_id|>"), *generation["eos_token_id"]):
+        pads = [vocab[token] for token in PADS if token in vocab]
+        if pads:
+            generation["pad_token_id"] = pads[0]
+    write_json(path, generation)
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` from the front matter of a model card, as far as they are there."""
+    card = folder / CARD
+    match = re.match(r"---\s*\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
+    try:
+        front = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        front = {}
+    front = front if isinstance(front, dict) else {}
+    return {name: str(front[name]) for name in ("license", "license_name", "license_link") if front.get(name)}

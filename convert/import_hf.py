@@ -1,0 +1,177 @@
+"""`llasa-jax import-hf`: an HF checkpoint becomes a model's folder of ours, tensor by tensor."""
+
+import dataclasses
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llasa_jax.config import ModelConfig
+from llasa_jax.convert.extend_vocab import added_rows
+from llasa_jax.convert.hf_config import model_config
+from llasa_jax.convert.hf_files import (
+    CONFIG,
+    TOKENIZER_FILES,
+    copy_small_files,
+    licence,
+    load_tokenizer,
+    read_json,
+    speaks,
+    write_generation_config,
+    write_json,
+)
+from llasa_jax.convert.names import EMBED, HEAD, Place, check_names, our_shapes
+from llasa_jax.convert.new_folder import new_folder
+from llasa_jax.convert.params_io import ParamsWriter
+from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast, fault, named_dtype
+from llasa_jax.errors import UserError
+from llasa_jax.model_folder import HF_FOLDER, PARAMS, write_description
+from llasa_jax.vocab import extend_tokenizer
+
+COMPARED_ROWS = 4096
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+NOT_DOWNLOADED = ["original/*", "onnx/*", "consolidated*"]
+
+
+def import_hf(source: str | Path, destination: Path, *, dtype: str | None = None, extend_vocab: bool = False, seed: int = 0) -> None:
+    """Makes the model's folder `destination` from `source`, an HF checkpoint's folder or hub id.
+
+    Weights stay in their own types, bit for bit, unless `dtype` ("float32", "bfloat16", "float16") is given. `extend_vocab` adds Llasa's
+    speech tokens to a text model's tokenizer and tables, with rows drawn by `seed`. Memory stays below a layer's or table's few
+    hundred MB whatever the model's size. Raises UserError for every input that is not such a checkpoint; then nothing is left behind.
+    Warns of a NaN in a weight, and of a head beside a tied embedding that differs from it.
+    """
+    folder, name = locate(str(source))
+    config = model_config(read_json(folder / CONFIG), folder / CONFIG)
+    checkpoint = SafetensorsFolder(folder)
+    table = check_names({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config, str(folder))
+    tokenizer = load_tokenizer(folder)
+    old_vocab = config.vocab_size
+    if extend_vocab:
+        config = _extended(config, tokenizer, folder)
+    elif tokenizer is None:
+        warnings.warn(f"{folder} has no tokenizer, so the model can neither be trained nor speak; add its tokenizer files", stacklevel=2)
+    elif len(tokenizer) > old_vocab:
+        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {old_vocab}; they are no pair")
+    if config.tie_word_embeddings and {EMBED, HEAD} <= checkpoint.tensors.keys():
+        _compare_head(checkpoint)
+
+    found = _dtypes(checkpoint, table, mixed_is_fine=dtype is not None)
+    dtypes = found if dtype is None else dict.fromkeys(found, named_dtype(dtype))
+    needs = sum(int(np.prod(shape)) * dtypes[path].itemsize for path, shape in our_shapes(config).items())
+    with new_folder(destination, needs) as partial:
+        copy_small_files(folder, partial / HF_FOLDER)
+        if extend_vocab:
+            _write_extended(partial / HF_FOLDER, tokenizer)
+        writer = ParamsWriter(partial / PARAMS, config, dtypes)
+        for hf_name, place in tqdm(table.items(), "importing", unit="tensor", disable=None):
+            added = added_rows(checkpoint, hf_name, config.vocab_size - old_vocab, seed) if place.path in ("embed", "head") else None
+            _import_tensor(checkpoint, hf_name, place, config, dtypes[place.path], writer, added)
+        write_description(partial, config, {"base_model": name, **licence(folder), **_original_dtypes(found)})
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """The folder of a checkpoint, downloaded if `source` is a hub id, and the name to know it by: never a path of this machine."""
+    path = Path(source)
+    if path.is_dir():
+        cached = [part for part in path.absolute().parts if part.startswith("models--")]
+        return path, cached[-1].removeprefix("models--").replace("--", "/") if cached else path.resolve().name
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise UserError(f"{source} is no folder and no hub id; give an HF checkpoint's folder or an id such as HKUSTAudio/Llasa-1B")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)), source
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{source} is no folder here and cannot be downloaded ({reason}); check name and network, and log in where the model is gated"
+        ) from error
+
+
+def _import_tensor(
+    checkpoint: SafetensorsFolder,
+    name: str,
+    place: Place,
+    config: ModelConfig,
+    dtype: np.dtype,
+    writer: ParamsWriter,
+    added: np.ndarray | None,
+) -> None:
+    shape = our_shapes(config)[place.path]
+    faults = set()
+
+    def put(piece: np.ndarray, index: int | None) -> None:
+        piece = cast(piece, dtype)
+        faults.add(fault(piece))
+        writer.write(place.path, piece, index)
+
+    if place.layer is not None:
+        put(checkpoint.read(name).reshape(shape[1:]), place.layer)
+    elif added is None:
+        put(checkpoint.read(name), None)
+    else:
+        rows, old = writer.rows(place.path), place.shape[0]
+        for index in range(shape[0] // rows):
+            start = index * rows
+            known = checkpoint.read(name, start, start + rows) if start < old else added[:0]
+            new = added[max(0, start - old) : max(0, start + rows - old)]
+            padding = np.zeros((rows - len(known) - len(new), shape[1]), added.dtype)
+            put(np.concatenate([known, new, padding]) if len(known) < rows else known, index)
+    for kind in sorted(faults - {""}):
+        warnings.warn(f"{checkpoint.tensors[name].file}: {name} contains {kind} as {dtype}; use another checkpoint or type", stacklevel=3)
+
+
+def _dtypes(checkpoint: SafetensorsFolder, table: dict[str, Place], mixed_is_fine: bool) -> dict[str, np.dtype]:
+    """The type of each parameter, by path. UserError where the layers of one differ, for they are stacked."""
+    dtypes: dict[str, np.dtype] = {}
+    for name, place in table.items():
+        dtype = checkpoint.tensors[name].dtype
+        if dtypes.setdefault(place.path, dtype) != dtype and not mixed_is_fine:
+            raise UserError(
+                f"{checkpoint.folder}: {name} is {dtype} and the same tensor of other layers {dtypes[place.path]}; choose one with --dtype"
+            )
+    return dtypes
+
+
+def _original_dtypes(dtypes: dict[str, np.dtype]) -> dict:
+    """What an export goes back to: the checkpoint's type, and that of the parameters which have another."""
+    common = Counter(dtypes.values()).most_common(1)[0][0]
+    return {"dtype": str(common), "other_dtypes": {path: str(dtype) for path, dtype in dtypes.items() if dtype != common}}
+
+
+def _compare_head(checkpoint: SafetensorsFolder) -> None:
+    embed, head = checkpoint.tensors[EMBED], checkpoint.tensors[HEAD]
+    if (embed.shape, embed.dtype) == (head.shape, head.dtype) and all(
+        np.array_equal(*(checkpoint.read(name, at, at + COMPARED_ROWS).view(np.uint8) for name in (EMBED, HEAD)))
+        for at in range(0, embed.shape[0], COMPARED_ROWS)
+    ):
+        return
+    warnings.warn(
+        f"{checkpoint.folder}: config.json ties the head to the embedding, yet {HEAD} differs from {EMBED}; the embedding is used, as the "
+        "config says (transformers 4 does so too, 5 uses both: to have that, set tie_word_embeddings to false and import again)",
+        stacklevel=3,
+    )
+
+
+def _extended(config: ModelConfig, tokenizer, folder: Path) -> ModelConfig:
+    """The geometry with the speech tokens, which are added to `tokenizer`."""
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer to extend; add its tokenizer files")
+    if speaks(tokenizer):
+        raise UserError(f"{folder} has the speech tokens already; import it without --extend-vocab")
+    extend_tokenizer(tokenizer)
+    if len(tokenizer) < config.vocab_size:
+        raise UserError(f"{folder}: the tables have {config.vocab_size} rows, more than the {len(tokenizer)} of the extended tokenizer")
+    return dataclasses.replace(config, vocab_size=len(tokenizer))
+
+
+def _write_extended(hf: Path, tokenizer) -> None:
+    for name in TOKENIZER_FILES:
+        (hf / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(hf)
+    write_json(hf / CONFIG, {**read_json(hf / CONFIG), "vocab_size": len(tokenizer)})
+    write_generation_config(hf, tokenizer)
