@@ -1,61 +1,171 @@
 """A run's checkpoints: weights, optimizer and the place in the data, written by Orbax while training goes on.
 
-Orbax writes a checkpoint under a temporary name and renames it when it is whole, so a crash never leaves half of one.
+Orbax writes a checkpoint under a temporary name and renames it when it is whole, so a crash never leaves half of one. There is no
+random state to keep: training draws nothing at random but the order of the data, and that is a seed and the place in it.
 """
 
+import json
+import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from llasa_jax.model_folder import CHECKPOINTS, PARAMS
+from llasa_jax.errors import UserError
+from llasa_jax.model_folder import CHECKPOINTS, PARAMS, saved_steps
+from llasa_jax.run_folder import is_full
+
+OPTIMIZER, DATA, ABOUT = "optimizer", "data", "about"
+DAMAGED = "damaged"
 
 
 class Checkpoints:
-    """The `checkpoints/` of a run's folder, of which the newest `keep` are kept."""
+    """The `checkpoints/` of a run's folder: the newest `keep`, and besides them the `keep_best` of the lowest validation loss.
 
-    def __init__(self, run: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((run / CHECKPOINTS).absolute(), options=options)
+    `clips` is the number of the training data's clips: the place in the data means something only for the same data, on the same number
+    of hosts, so both are kept with it. A context, which ends when everything is on disk; what cannot be written raises UserError.
+    """
 
-    def save(self, step: int, params, opt_state, data: grain.DatasetIterator) -> None:
-        """Begins to write the state after `step` steps; returns once it is copied off the devices. Does nothing if it is there."""
+    def __init__(self, run: Path, keep: int, keep_best: int = 0, clips: int = 0):
+        self._folder, self._keep, self._keep_best = (run / CHECKPOINTS).absolute(), keep, keep_best
+        self._place = {"hosts": jax.process_count(), "clips": clips}
+        self._losses = {step: loss for step in saved_steps(run) if (loss := self._about(step).get("validation_loss")) is not None}
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, step: int, params, opt_state, data: grain.DatasetIterator, validation_loss: float | None = None) -> None:
+        """Begins to write the state after `step` steps; returns once it is copied off the devices. Does nothing if it is there.
+
+        An earlier checkpoint is removed only when this one is whole.
+        """
         if step in self._manager.all_steps():
             return
+        if validation_loss is not None:
+            self._losses[step] = validation_loss
         items = {
             PARAMS: ocp.args.StandardSave(params),
-            "optimizer": ocp.args.StandardSave(opt_state),
-            "data": grain.checkpoint.CheckpointSave(data),
+            OPTIMIZER: ocp.args.StandardSave(opt_state),
+            DATA: grain.checkpoint.CheckpointSave(data),
+            ABOUT: ocp.args.JsonSave(self._place | {"validation_loss": validation_loss}),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._explained():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def check(self) -> None:
+        """Raises UserError if what is being written in the background has failed; otherwise that would be told with the next save."""
+        with self._explained():
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()  # its `check_for_errors` does not see what ended the last save
+
+    def best(self) -> tuple[int, float] | None:
+        """The step with the lowest validation loss among the checkpoints, and that loss."""
+        kept = [(loss, step) for step, loss in self._losses.items() if step in self._manager.all_steps()]
+        return min(kept)[::-1] if kept else None
 
     def restore(self, params, opt_state, data: grain.DatasetIterator):
         """The newest readable checkpoint as (step, params, opt_state), with `data` moved to its place; None if there is none.
 
         `params` and `opt_state` are trees of `ShapeDtypeStruct` with shardings: the mesh may differ from the one that saved. A damaged
-        checkpoint is passed over with a warning, and removed so that it can be written anew.
+        checkpoint is passed over with a warning, and moved aside so that it can be written anew. UserError where none can be read,
+        and where the data or the number of hosts are others.
         """
+        damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            self._check_place(step)
             items = {
                 PARAMS: ocp.args.StandardRestore(params),
-                "optimizer": ocp.args.StandardRestore(opt_state),
-                "data": grain.checkpoint.CheckpointRestore(data),
+                OPTIMIZER: ocp.args.StandardRestore(opt_state),
+                DATA: grain.checkpoint.CheckpointRestore(data),
+                ABOUT: ocp.args.JsonRestore(),
             }
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-                jax.block_until_ready((restored[PARAMS], restored["optimizer"]))
+                jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER]))
+                failure = ""
             except Exception as error:  # noqa: BLE001 Orbax, TensorStore and JSON each raise their own kinds
-                warnings.warn(
-                    f"the checkpoint of step {step} is damaged and is passed over for the one before: {str(error)[:200]}", stacklevel=2
-                )
-                self._manager.delete(step)
+                failure = " ".join(str(error).split())[:200]
+            if _on_any_host(bool(failure)):
+                damaged[step] = failure
                 continue
-            return step, restored[PARAMS], restored["optimizer"]
+            self._move_aside(damaged)
+            return step, restored[PARAMS], restored[OPTIMIZER]
+        if damaged:
+            raise UserError(
+                f"none of the checkpoints in {self._folder} can be read (step {max(damaged)}: {damaged[max(damaged)]}); "
+                "mend or delete them, or choose another out folder"
+            )
         return None
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Orbax's question which checkpoints to keep; they come in the order of their steps."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = sorted((step for step in steps if step in self._losses), key=self._losses.get)[: self._keep_best]
+        return [step in (*steps[-self._keep :], *best) for step in steps]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            with self._explained():
+                self._manager.close()
+        except UserError:
+            # The first error is the cause, and the one to tell.
+            if kind is None:
+                raise
+
+    @contextmanager
+    def _explained(self):
+        try:
+            yield
+        except Exception as error:
+            reason = "the disk is full" if is_full(error) else " ".join(str(error).split())[:200]
+            saved = saved_steps(self._folder.parent)
+            since = f"goes on after step {saved[-1]}, the last whole checkpoint" if saved else "begins anew, for none is whole yet"
+            raise UserError(
+                f"a checkpoint could not be written to {self._folder} ({reason}); mend that and give the same command again, which {since}"
+            ) from error
+
+    def _about(self, step: int) -> dict:
+        """What is noted beside a checkpoint; nothing if that is damaged."""
+        try:
+            about = json.loads((self._folder / str(step) / ABOUT / "metadata").read_text())
+        except (OSError, ValueError):
+            return {}
+        return about if isinstance(about, dict) else {}
+
+    def _check_place(self, step: int) -> None:
+        about = self._about(step)
+        for name, now in self._place.items():
+            before = about.get(name, now)
+            if before != now:
+                what = {"hosts": f"on {before} hosts, not {now}", "clips": f"from {before} training clips, not {now}"}[name]
+                raise UserError(
+                    f"the run in {self._folder.parent} was made {what}, so its place in the data has no meaning now; "
+                    "go on as it was, or choose another out folder"
+                )
+
+    def _move_aside(self, damaged: dict[int, str]) -> None:
+        for step, failure in damaged.items():
+            there = self._folder.parent / DAMAGED / str(step)
+            warnings.warn(
+                f"the checkpoint of step {step} is damaged and is passed over for the one before; it is now in {there}: {failure}",
+                stacklevel=3,
+            )
+            if jax.process_index() == 0:
+                shutil.rmtree(there, ignore_errors=True)
+                there.parent.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(there)
+            self._losses.pop(step, None)
+        if damaged:
+            _on_any_host(True)  # nobody looks before all is moved
+            self._manager.reload()
+
+
+def _on_any_host(value: bool) -> bool:
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(value)))) if jax.process_count() > 1 else value

@@ -16,15 +16,11 @@ def chunked_cross_entropy(
     `table` may be padded beyond `vocab_size`: its padding takes no part. Both results are float32 scalars; divide by the mask's
     sum for means. `chunk` must divide T.
     """
-    B, T, _ = hidden_BTD.shape
-    padding = jnp.arange(table_VD.shape[0]) >= vocab_size
     table_VD = table_VD.astype(hidden_BTD.dtype)
 
     @jax.checkpoint
     def chunk_sums(hidden_BCD, targets_BC, mask_BC):
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-        logits_BCV = jnp.where(padding, -jnp.inf, logits_BCV)
-        of_target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        logits_BCV, of_target_BC = _logits(hidden_BCD, table_VD, targets_BC, vocab_size)
         nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
         hit_BC = of_target_BC >= jnp.max(logits_BCV, axis=-1)
         return jnp.sum(jnp.where(mask_BC, nll_BC, 0.0)), jnp.sum(mask_BC & hit_BC, dtype=jnp.float32)
@@ -32,9 +28,36 @@ def chunked_cross_entropy(
     def step(sums, chunk_of_rows):
         return jax.tree.map(jnp.add, sums, chunk_sums(*chunk_of_rows)), None
 
-    def chunks(x):
-        return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
-
     zeros = (jnp.float32(0), jnp.float32(0))
-    sums, _ = jax.lax.scan(step, zeros, (chunks(hidden_BTD), chunks(targets_BT), chunks(mask_BT)))
+    sums, _ = jax.lax.scan(step, zeros, tuple(_chunks(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT)))
     return sums
+
+
+def chunked_ranks(
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than the target, int32 [B, T].
+
+    For validation, in chunks as above: a target is among the ten likeliest where fewer than ten are likelier.
+    """
+    table_VD = table_VD.astype(hidden_BTD.dtype)
+
+    def step(_, chunk_of_rows):
+        logits_BCV, of_target_BC = _logits(chunk_of_rows[0], table_VD, chunk_of_rows[1], vocab_size)
+        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
+        return None, (nll_BC, jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32))
+
+    _, of_chunks = jax.lax.scan(step, None, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape), of_chunks)
+
+
+def _logits(hidden_BCD, table_VD, targets_BC, vocab_size):
+    """The logits [B, C, V] with the table's padding at -inf, and those of the targets [B, C]."""
+    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+    logits_BCV = jnp.where(jnp.arange(table_VD.shape[0]) >= vocab_size, -jnp.inf, logits_BCV)
+    return logits_BCV, jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+
+def _chunks(x, chunk):
+    """[B, T, ...] as [T / chunk, B, chunk, ...], to scan over."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)

@@ -55,24 +55,30 @@ class MeshSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW. `schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the warm-up.
+    """AdamW. `schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the warm-up; "deepspeed" is
+    DeepSpeed's WarmupCosineLR as upstream sets it: logarithmic warm-up from 3% of the peak, cosine down to 10% of it.
 
-    Weight decay leaves out the norms, as HF's Trainer does. `clip` bounds the gradient's global norm; 0 turns that off.
+    Weight decay leaves out the norms, as HF's Trainer does; `decay_norms` takes them in, as DeepSpeed does. `clip` bounds the
+    gradient's global norm; 0 turns that off.
     """
 
     learning_rate: float = 1e-5
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "deepspeed"] = "cosine"
     warmup_ratio: float = 0.03
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.01
+    decay_norms: bool = False
     clip: float = 1.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`rows` and `accumulation` make the global batch, whatever the number of devices. `steps` 0 means: as many as `epochs` take."""
+    """`rows` and `accumulation` make the global batch, whatever the number of devices. `steps` 0 means: as many as `epochs` take.
+
+    The newest `keep` checkpoints are kept, and besides them the `keep_best` with the lowest validation loss.
+    """
 
     epochs: float = 2.0
     steps: int = 0
@@ -81,16 +87,24 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 500
     keep: int = 2
+    keep_best: int = 0
     validate_every: int = 500
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """`every`: steps between lines on the terminal; `metrics.jsonl` has them all. `wandb`: a project's name, to log there as well."""
+    """`every`: steps between lines on the terminal; `metrics.jsonl` has them all. `wandb`: a project's name, to log there as well.
+
+    The texts in `samples` are spoken every `samples_every` steps, by `samples_speaker` if set, through the `codec` (a folder or a hub id).
+    """
 
     every: int = 10
     tensorboard: bool = True
     wandb: str = ""
+    samples: list[str] = field(default_factory=list)
+    samples_every: int = 500
+    samples_speaker: str = ""
+    codec: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,10 +128,15 @@ class Settings:
             raise UserError(
                 f"model.loss_chunk={self.model.loss_chunk} does not divide data.max_length={self.data.max_length}; choose a divisor"
             )
-        train = self.train
-        for name, value in {"train.rows": train.rows, "train.accumulation": train.accumulation, "train.keep": train.keep}.items():
+        train, log = self.train, self.log
+        positive = {f"train.{name}": getattr(train, name) for name in ("rows", "accumulation", "keep", "save_every", "validate_every")}
+        for name, value in (positive | {"log.every": log.every, "log.samples_every": log.samples_every}).items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1 but is {value}")
+        if train.keep_best < 0:
+            raise UserError(f"train.keep_best must be at least 0 but is {train.keep_best}")
+        if log.samples and not log.codec:
+            raise UserError("log.samples needs log.codec, which turns codes into sound; give a codec's folder or hub id, or no samples")
         if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
             raise UserError(f"set train.steps or train.epochs above 0 (they are {train.steps} and {train.epochs})")
 

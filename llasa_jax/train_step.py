@@ -1,7 +1,5 @@
 """One step of training: a jitted function over sharded parameters, optimizer state and a batch of packed rows."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,7 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.config import ModelConfig
-from llasa_jax.loss import chunked_cross_entropy
+from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model import Llama
 from llasa_jax.settings import ModelSettings
 from llasa_jax.sharding import ROWS, abstract_params
@@ -18,11 +16,19 @@ from llasa_jax.sharding import ROWS, abstract_params
 class TrainStep:
     """The compiled train and validation steps of one model on one mesh.
 
-    A batch is a dict of arrays [accumulation, rows, length] as `batching.batches` makes them, sharded as `batch_sharding`.
+    A batch is a dict of arrays [accumulation, rows, length] as `batching.batches` makes them, sharded as `batch_sharding`. `code_ids` are
+    the ids of the speech codes, whose share and accuracy are counted.
     """
 
-    def __init__(self, config: ModelConfig, settings: ModelSettings, optimizer: optax.GradientTransformation, mesh: Mesh):
-        self.config, self.settings, self.optimizer, self.mesh = config, settings, optimizer, mesh
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: ModelSettings,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        code_ids: range = range(0),
+    ):
+        self.config, self.settings, self.optimizer, self.mesh, self.code_ids = config, settings, optimizer, mesh, code_ids
         model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(settings.dtype), remat=settings.remat))
         self.graphdef = nnx.graphdef(model)
         self.replicated = NamedSharding(mesh, PartitionSpec())
@@ -32,7 +38,7 @@ class TrainStep:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.params, self.opt_state))
         self.init = jax.jit(optimizer.init, out_shardings=shardings[1])
         self.train = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*shardings, self.replicated))
-        self.validate = jax.jit(lambda params, batch: self._losses(params, batch), out_shardings=self.replicated)
+        self.validate = jax.jit(self._validate, out_shardings=self.replicated)
 
     def _abstract_opt_state(self):
         """The optimizer's state as shapes: moments lie where their parameters lie, counters everywhere."""
@@ -49,24 +55,35 @@ class TrainStep:
             transform_non_params=lambda leaf: place(leaf, self.replicated),
         )
 
-    def _sums(self, params, micro_batch):
-        """Summed loss (nats) and correct predictions of one micro-batch [rows, length]."""
+    def _hidden(self, params, micro_batch):
+        """The rows of one micro-batch [rows, length], their hidden states and the output table."""
         rows = jax.lax.with_sharding_constraint(micro_batch, NamedSharding(self.mesh, ROWS))
         model = nnx.merge(self.graphdef, params)
-        hidden = model(rows["tokens"], rows["positions"], rows["segment_ids"])
-        return chunked_cross_entropy(
-            hidden,
-            model.output_table,
-            rows["targets"],
-            rows["loss_mask"],
-            vocab_size=self.config.vocab_size,
-            chunk=self.settings.loss_chunk,
-        )
+        return rows, model(rows["tokens"], rows["positions"], rows["segment_ids"]), model.output_table
 
-    def _losses(self, params, batch):
-        """Sums over a whole batch without gradients, so that many batches average exactly: nats, correct predictions, targets."""
-        nats, correct = jax.lax.map(partial(self._sums, params), batch)
-        return {"nats": nats.sum(), "correct": correct.sum(), "targets": batch["loss_mask"].sum(dtype=jnp.float32)}
+    def _sums(self, params, micro_batch):
+        """Summed loss (nats) and correct predictions of one micro-batch [rows, length]."""
+        rows, hidden, table = self._hidden(params, micro_batch)
+        sizes = {"vocab_size": self.config.vocab_size, "chunk": self.settings.loss_chunk}
+        return chunked_cross_entropy(hidden, table, rows["targets"], rows["loss_mask"], **sizes)
+
+    def _is_code(self, batch):
+        return batch["loss_mask"] & (batch["targets"] >= self.code_ids.start) & (batch["targets"] < self.code_ids.stop)
+
+    def _validate(self, params, batch):
+        """Sums over a whole batch without gradients, so that many batches average exactly: nats and correct predictions of all
+        targets; of the codes among them, how many are the likeliest token, and among the ten likeliest."""
+
+        def sums(micro_batch):
+            rows, hidden, table = self._hidden(params, micro_batch)
+            sizes = {"vocab_size": self.config.vocab_size, "chunk": self.settings.loss_chunk}
+            nll, rank = chunked_ranks(hidden, table, rows["targets"], **sizes)
+            learned, code = rows["loss_mask"], self._is_code(rows)
+            counts = {"correct": learned & (rank == 0), "code_top1": code & (rank == 0), "code_top10": code & (rank < 10)}
+            counts |= {"targets": learned, "codes": code}
+            return {"nats": jnp.sum(jnp.where(learned, nll, 0.0))} | {name: jnp.sum(x, dtype=jnp.float32) for name, x in counts.items()}
+
+        return jax.tree.map(jnp.sum, jax.lax.map(sums, batch))
 
     def _train(self, params, opt_state, batch):
         """The mean over all targets of the whole batch, whatever micro-batch or device they are on, and one update for it."""
@@ -86,11 +103,15 @@ class TrainStep:
         else:
             (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, batch)
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        real = batch["segment_ids"] > 0
         metrics = {
             "loss": loss,
             "accuracy": correct / targets,
             "grad_norm": optax.tree.norm(grads),
             "targets": targets,
-            "fill": jnp.mean(batch["segment_ids"] > 0),
+            "codes": self._is_code(batch).sum(dtype=jnp.float32),
+            "fill": jnp.mean(real),
+            # How many tokens one attends to, itself included: positions restart in every clip.
+            "context": jnp.mean(batch["positions"] + 1, where=real),
         }
         return optax.apply_updates(params, updates), opt_state, metrics

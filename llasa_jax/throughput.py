@@ -1,0 +1,96 @@
+"""How fast training runs, by the clock and as a share of what the devices could do."""
+
+import time
+from collections import deque
+from contextlib import contextmanager
+
+import jax
+
+from llasa_jax.config import ModelConfig
+from llasa_jax.vocab import CODES_PER_SECOND
+
+WINDOW = 50
+# Dense bfloat16 FLOP/s of one JAX device, by the start of its `device_kind`; the vendors' data sheets. The longest match holds.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's peak FLOP/s in bfloat16, None where it is not known, as for CPUs."""
+    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def model_flops_per_token(config: ModelConfig, context: float) -> float:
+    """FLOPs of training on one token that attends to `context` tokens (on average, itself included): forward, and twice that backward.
+
+    Counts the matrix products of the model alone, two FLOPs a multiplication; what is recomputed to save memory counts as nothing.
+    """
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * heads * config.head_dim + 2 * config.num_attention_heads * config.head_dim * context
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    head = config.hidden_size * config.vocab_size
+    return 3 * 2 * (config.num_hidden_layers * (attention + mlp) + head)
+
+
+class Throughput:
+    """Rates over the last steps. Compiling is no part of them, nor is what happens in `pause`."""
+
+    def __init__(self, config: ModelConfig, devices: list[jax.Device]):
+        self._config = config
+        peak = peak_flops(devices[0])
+        self._peak = peak and peak * len(devices)
+        self._ends = deque(maxlen=WINDOW + 1)
+        self._paused = self._waited = 0.0
+
+    @contextmanager
+    def pause(self):
+        """Around whatever is no training step."""
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
+    @contextmanager
+    def waiting(self, computing: jax.Array | None):
+        """Around getting a batch. The time counts as waiting if `computing`, a result of the step before, is there before the batch."""
+        began = time.monotonic()
+        yield
+        if computing is not None and computing.is_ready():
+            self._waited += time.monotonic() - began
+
+    def step_ended(self, tokens: float, codes: float, context: float) -> dict[str, float]:
+        """The rates after a step over `tokens` (without padding), of which `codes` are speech to learn; empty after the first.
+
+        `speech_hours_per_hour` is hours of speech learned in an hour, `data_wait` the share of the time, and `mfu` the share of the peak.
+        """
+        flops = tokens * model_flops_per_token(self._config, context)
+        self._ends.append((time.monotonic() - self._paused, self._waited, tokens, codes, flops))
+        seconds = self._ends[-1][0] - self._ends[0][0]
+        if not seconds:
+            return {}
+        tokens, codes, flops = (sum(end[i] for end in list(self._ends)[1:]) for i in (2, 3, 4))
+        rates = {
+            "tokens_per_second": tokens / seconds,
+            "speech_hours_per_hour": codes / CODES_PER_SECOND / seconds,
+            "data_wait": (self._ends[-1][1] - self._ends[0][1]) / seconds,
+        }
+        return rates | ({"mfu": flops / seconds / self._peak} if self._peak else {})
+
+    def remaining(self, steps: int) -> str:
+        """The time that `steps` more steps take, as h:mm:ss."""
+        seconds = self._ends[-1][0] - self._ends[0][0]
+        if not seconds:
+            return "?"
+        seconds *= steps / (len(self._ends) - 1)
+        return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
