@@ -24,7 +24,8 @@ class ModelSettings:
     path: str = ""
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
-    remat: Literal["none", "full"] = "full"
+    attention: Literal["auto", "xla", "splash", "triton"] = "auto"
+    remat: Literal["none", "dots", "full"] = "full"
     loss_chunk: int = 256
 
 

@@ -3,17 +3,22 @@
 `data` repeats the weights and splits the rows; `fsdp` splits both; `tensor` splits heads, MLP and vocabulary.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.config import ModelConfig
 from llasa_jax.errors import UserError
-from llasa_jax.model import parameter_axes, sizes
+from llasa_jax.model import Layout, parameter_axes, sizes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor"}
 ROWS = PartitionSpec(("data", "fsdp"))
+TABLE = PartitionSpec("tensor", "fsdp")
+# How the loss splits the classes: over every device that does not merely repeat the weights.
+VOCABULARY = ("tensor", "fsdp")
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
@@ -47,11 +52,51 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
         if size[letter] % mesh.shape[axis]:
             raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} ({size[letter]}); choose a divisor of it")
 
+    pieces = mesh.shape["tensor"] * mesh.shape["fsdp"]
+    if size["V"] % pieces:
+        raise UserError(f"mesh.tensor x mesh.fsdp = {pieces} does not divide the model's padded vocabulary ({size['V']}); use powers of two")
+
     def sharding(axes: str) -> NamedSharding:
         # A norm's weight is a few kilobytes: not worth a gather.
         return NamedSharding(mesh, PartitionSpec() if axes in ("D", "LD") else PartitionSpec(*(RULES[letter] for letter in axes)))
 
     return jax.tree.map(sharding, parameter_axes(config))
+
+
+class MeshLayout(Layout):
+    """Where the model's arrays lie while it runs on `mesh`: rows over `data` and `fsdp`, each layer's weights whole but for `tensor`."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def weight(self, axes, weight):
+        """Gathered over `fsdp` in the dtype that it arrives in; its gradient goes straight back into shards."""
+        if len(axes) == 1:
+            return weight
+        here = NamedSharding(self._mesh, PartitionSpec(*(RULES[letter] for letter in axes)))
+        whole = NamedSharding(self._mesh, PartitionSpec(*(None if letter == "D" else RULES[letter] for letter in axes)))
+        return _moved(here, whole, weight)
+
+    def rows(self, x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, ROWS))
+
+    def look_up(self, table_VD, tokens_BT):
+        """Each device looks up its share of the width for its whole `fsdp` group; the table and its gradient stay where they are."""
+        tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, NamedSharding(self._mesh, PartitionSpec("data")))
+        x_BTD = super().look_up(table_VD, tokens_BT)
+        return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(self._mesh, PartitionSpec("data", None, "fsdp")))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moved(here: NamedSharding, there: NamedSharding, x: jax.Array) -> jax.Array:
+    """`x` from one sharding to another, and its gradient back: a plain constraint would hold the gradient `there`."""
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, here), there)
+
+
+_moved.defvjp(
+    lambda here, there, x: (_moved(here, there, x), None),
+    lambda here, there, _, grad: (jax.lax.with_sharding_constraint(grad, here),),
+)
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh, dtype) -> dict:

@@ -8,11 +8,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llasa_jax.attention import choose_attention
 from llasa_jax.config import ModelConfig
 from llasa_jax.loss import chunked_cross_entropy
 from llasa_jax.model import Llama
 from llasa_jax.settings import ModelSettings
-from llasa_jax.sharding import ROWS, abstract_params
+from llasa_jax.sharding import ROWS, MeshLayout, abstract_params
 
 
 class TrainStep:
@@ -23,7 +24,13 @@ class TrainStep:
 
     def __init__(self, config: ModelConfig, settings: ModelSettings, optimizer: optax.GradientTransformation, mesh: Mesh):
         self.config, self.settings, self.optimizer, self.mesh = config, settings, optimizer, mesh
-        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(settings.dtype), remat=settings.remat))
+        options = {
+            "dtype": jnp.dtype(settings.dtype),
+            "remat": settings.remat,
+            "attention": choose_attention(settings.attention, mesh),
+            "layout": MeshLayout(mesh),
+        }
+        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
         self.graphdef = nnx.graphdef(model)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
@@ -61,6 +68,7 @@ class TrainStep:
             rows["loss_mask"],
             vocab_size=self.config.vocab_size,
             chunk=self.settings.loss_chunk,
+            mesh=self.mesh,
         )
 
     def _losses(self, params, batch):
@@ -76,14 +84,17 @@ class TrainStep:
             nats, correct = self._sums(params, micro_batch)
             return nats / targets, correct
 
-        def accumulate(carry, micro_batch):
+        def value_and_grad(micro_batch):
             (loss, correct), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, micro_batch)
-            return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
+            return loss, correct, grads
 
-        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        def accumulate(carry, micro_batch):
+            return jax.tree.map(jnp.add, carry, value_and_grad(micro_batch)), None
+
         if batch["tokens"].shape[0] == 1:
-            (loss, correct, grads), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], batch))
+            loss, correct, grads = value_and_grad(jax.tree.map(lambda x: x[0], batch))
         else:
+            zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
             (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, batch)
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         metrics = {
