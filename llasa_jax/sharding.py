@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.config import ModelConfig
@@ -21,21 +22,41 @@ TABLE = PartitionSpec("tensor", "fsdp")
 VOCABULARY = ("tensor", "fsdp")
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (all by default); at most one size may be -1, "all that remain"."""
-    devices = jax.devices() if devices is None else devices
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> dict[str, int]:
+    """The sizes of a mesh over `count` devices; at most one may be -1, "all that remain". UserError where they do not fit."""
     shape = [data, fsdp, tensor]
     named = dict(zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
         raise UserError(f"mesh sizes must be positive, with at most one -1 for the rest, but are {named}")
     fixed = int(np.prod([n for n in shape if n != -1]))
-    if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
+    if count % fixed or (-1 not in shape and fixed != count):
         raise UserError(
-            f"a mesh of {named} does not divide {len(devices)} devices; "
-            f"make the product of its sizes {len(devices)}, or set one of them to -1"
+            f"a mesh of {named} does not divide {count} devices; make the product of its sizes {count}, or set one of them to -1"
         )
-    shape = [len(devices) // fixed if n == -1 else n for n in shape]
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return {axis: count // fixed if n == -1 else n for axis, n in named.items()}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slices: int = 1) -> Mesh:
+    """A (data, fsdp, tensor) mesh over `devices` (all by default), see `mesh_sizes`.
+
+    With several `slices` (TPU slices, or GPU machines with a process each) only `data` goes from one to another: what lies between
+    slices is slow, and `data` asks for it once a step.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(mesh_sizes(data, fsdp, tensor, len(devices)).values())
+    axis_types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(f"mesh.data={shape[0]} is not a multiple of mesh.slices={slices}; each slice repeats the weights, so make it one")
+    of_slices = getattr(devices[0], "slice_index", None) is not None
+    try:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, process_is_granule=not of_slices
+        )
+    except ValueError as error:
+        raise UserError(f"mesh.slices={slices} does not match the {'slices' if of_slices else 'processes'} at hand: {error}") from None
+    return Mesh(arranged, MESH_AXES, axis_types=axis_types)
 
 
 NAMES = {"V": "padded vocabulary", "D": "hidden_size", "N": "num_attention_heads", "K": "num_key_value_heads", "F": "intermediate_size"}
@@ -54,7 +75,7 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
 
     pieces = mesh.shape["tensor"] * mesh.shape["fsdp"]
     if size["V"] % pieces:
-        raise UserError(f"mesh.tensor x mesh.fsdp = {pieces} does not divide the model's padded vocabulary ({size['V']}); use powers of two")
+        raise UserError(f"mesh.tensor x mesh.fsdp = {pieces} does not divide the padded vocabulary ({size['V']}); use powers of two")
 
     def sharding(axes: str) -> NamedSharding:
         # A norm's weight is a few kilobytes: not worth a gather.

@@ -26,7 +26,17 @@ from llasa_jax.train_step import TrainStep
 
 SETTINGS_FILE = "settings.yaml"
 # What may change between a run and its continuation: nothing that the optimizer or the order of the data depends on.
-MAY_CHANGE = ("out", "mesh", "log", "train.save_every", "train.keep", "train.validate_every", "model.remat", "model.loss_chunk")
+MAY_CHANGE = (
+    "out",
+    "mesh",
+    "log",
+    "train.save_every",
+    "train.keep",
+    "train.validate_every",
+    "model.attention",
+    "model.remat",
+    "model.loss_chunk",
+)
 
 
 def train(settings: Settings, records: Sequence[Utterance], validation: Sequence[Utterance] | None = None) -> Path:
@@ -37,7 +47,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
     config, origin = model_folder.read_description(source)
-    mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
     prompter = Prompter(AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER), settings.prompt)
     if prompter.vocab.size > config.vocab_size:
         raise UserError(

@@ -41,6 +41,16 @@ class TrainStep:
         self.train = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*shardings, self.replicated))
         self.validate = jax.jit(lambda params, batch: self._losses(params, batch), out_shardings=self.replicated)
 
+    def compile(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
+        """The train step for batches of this shape and the platform of the mesh's devices, which need not be at hand."""
+
+        def array(dtype):
+            return jax.ShapeDtypeStruct((accumulation, rows, length), dtype, sharding=self.batch_sharding)
+
+        batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")} | {"loss_mask": array(jnp.bool_)}
+        platform = self.mesh.devices.flat[0].platform
+        return self.train.trace(self.params, self.opt_state, batch).lower(lowering_platforms=(platform,)).compile()
+
     def _abstract_opt_state(self):
         """The optimizer's state as shapes: moments lie where their parameters lie, counters everywhere."""
         state = jax.eval_shape(self.optimizer.init, self.params)
