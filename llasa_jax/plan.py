@@ -107,6 +107,7 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         fits = peak < device.memory
     else:
         peak, fits = _compiled_peak(step, accumulation, rows, length)
+        peak = max(peak, sum(held.values()))
     shape = StepShape(rows, length, accumulation, *mesh.shape.values(), settings.model.remat)
     seconds = step_seconds(config, shape, device) if device else {}
     return Plan(
@@ -199,6 +200,8 @@ def _machine(topology: str, slices: int) -> tuple[list, Device | None]:
 
     try:
         options = {"num_slices": slices} if slices > 1 else {}
+        if prod(map(int, topology.partition(":")[2].split("x"))) < 4:
+            options["chips_per_host_bounds"] = (1, 1, 1)
         with _quiet():
             return topologies.get_topology_desc(platform="tpu", topology_name=topology.lower(), **options).devices, device
     except jax.errors.JaxRuntimeError as error:
@@ -220,14 +223,14 @@ def _quiet():
 
 
 def _compiled_peak(step: TrainStep, accumulation: int, rows: int, length: int) -> tuple[float, bool]:
-    """Peak GiB a device, and whether it fits: the compiler refuses what does not, and says how much that would have been."""
+    """Peak GiB a device, and whether it fits: the compiler refuses what does not, and says how much at least that would have taken."""
     try:
         analysis = step.compile(accumulation, rows, length).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        used = re.search(r"[Uu]sed ([\d.]+)G of", str(error))
-        return float(used[1]) if used else float("inf"), False
+        sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
+        return max(map(float, sizes), default=0.0), False
     return analysis.peak_memory_in_bytes / 2**30, True
 
 
@@ -239,7 +242,7 @@ def describe(plan_: Plan, settings: Settings) -> str:
     lines = [
         f"{'fits' if plan_.fits else 'DOES NOT FIT'}: {plan_.topology}, {plan_.device_count} devices ({mesh}), "
         f"{plan_.rows_per_device:g} rows a device; {how}",
-        f"peak memory a device: {plan_.peak_hbm_gib:.2f}{of} GiB",
+        f"peak memory a device: {'' if plan_.fits else 'at least '}{plan_.peak_hbm_gib:.2f}{of} GiB",
         *(f"  {size:6.2f}  {name}" for name, size in plan_.memory_gib.items()),
         f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs",
     ]

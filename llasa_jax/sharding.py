@@ -46,17 +46,25 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slic
     shape = tuple(mesh_sizes(data, fsdp, tensor, len(devices)).values())
     axis_types = (AxisType.Auto,) * 3
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+        return _rows_by_process(jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices))
     if shape[0] % slices:
         raise UserError(f"mesh.data={shape[0]} is not a multiple of mesh.slices={slices}; each slice repeats the weights, so make it one")
-    of_slices = getattr(devices[0], "slice_index", None) is not None
+    of_slices = len({getattr(device, "slice_index", None) for device in devices}) > 1
     try:
         arranged = mesh_utils.create_hybrid_device_mesh(
             (shape[0] // slices, *shape[1:]), (slices, 1, 1), devices, process_is_granule=not of_slices
         )
     except ValueError as error:
         raise UserError(f"mesh.slices={slices} does not match the {'slices' if of_slices else 'processes'} at hand: {error}") from None
-    return Mesh(arranged, MESH_AXES, axis_types=axis_types)
+    return _rows_by_process(Mesh(arranged, MESH_AXES, axis_types=axis_types))
+
+
+def _rows_by_process(mesh: Mesh) -> Mesh:
+    """The mesh, if each process has rows of its own to read. UserError where the devices that share a row are of several."""
+    processes = [{device.process_index for device in of_row} for of_row in mesh.devices.reshape(-1, mesh.shape["tensor"])]
+    if max(map(len, processes)) > 1:
+        raise UserError(f"mesh.tensor={mesh.shape['tensor']} goes across hosts; choose at most the devices of one host")
+    return mesh
 
 
 NAMES = {"V": "padded vocabulary", "D": "hidden_size", "N": "num_attention_heads", "K": "num_key_value_heads", "F": "intermediate_size"}
