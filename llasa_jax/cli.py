@@ -57,6 +57,7 @@ def _encode(args) -> None:
 
 def _train(args) -> None:
     from llasa_jax.data.records import open_utterances
+    from llasa_jax.memory import out_of_memory_explained
     from llasa_jax.settings import parse_settings
     from llasa_jax.train import train
 
@@ -67,7 +68,40 @@ def _train(args) -> None:
         jax.distributed.initialize()
     records = open_utterances(settings.data.path, settings.data.train_split)
     validation = open_utterances(settings.data.path, settings.data.validation_split) if settings.data.validation_split else None
-    train(settings, records, validation)
+    with out_of_memory_explained(settings):
+        train(settings, records, validation)
+
+
+def _plan(args) -> None:
+    import dataclasses
+    import json
+
+    import jax
+
+    if args.topology != "here":
+        jax.config.update("jax_platforms", "cpu")
+    from llasa_jax import plan
+    from llasa_jax.settings import parse_settings
+
+    settings = parse_settings([f"--config={args.config}", *args.settings])
+    config = plan.model_geometry(args.model, settings)
+    if args.search:
+        smallest = plan.search_slice(settings, config, args.topology) if args.topology != "here" else None
+        result = plan.search_rows(settings, config, args.topology) or plan.plan(settings, config, args.topology, 1)
+    else:
+        smallest, result = None, plan.plan(settings, config, args.topology, args.rows_per_device)
+    tokens = plan.dataset_tokens(settings, args.speech_hours)
+    if tokens:
+        result = plan.with_dataset(result, settings, tokens)
+    if args.json:
+        found = {"smallest_slice": smallest and smallest.topology} if args.search else {}
+        print(json.dumps(dataclasses.asdict(result) | found, indent=2))
+        return
+    print(plan.describe(result, settings))
+    if args.search:
+        print(f"the most rows a device that fit: {result.rows_per_device:g}" if result.fits else "not even one row a device fits")
+        if args.topology != "here":
+            print(f"the smallest machine of its kind that fits one row a device: {smallest.topology if smallest else 'none that is known'}")
 
 
 def _generate(args) -> None:
@@ -144,6 +178,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "Finetune a model on records. `llasa-jax train --help` lists every setting.")
     sub.add_argument("settings", nargs=argparse.REMAINDER, help="--config FILE and any --setting.name=value")
 
+    sub = command("plan", _plan, "Say whether a training step fits a machine that need not be here, and how long it takes there.")
+    sub.add_argument("--config", type=Path, required=True, help="the recipe; any --setting.name=value may follow, as for train")
+    sub.add_argument("--topology", default="here", help="such as v5e:4x4, v5p:2x2x2, h100:8, or `here` for this machine")
+    sub.add_argument("--model", help="1b, 3b, 8b or a model's folder, instead of model.path")
+    sub.add_argument("--rows-per-device", type=int, help="instead of train.rows")
+    sub.add_argument("--speech-hours", type=float, help="the dataset's size, where data.path is not there yet")
+    sub.add_argument("--search", action="store_true", help="find the most rows a device and the smallest machine of its kind")
+    sub.add_argument("--json", action="store_true", help="print the plan for programs")
+
     sub = command("generate", _generate, "Speak a text.")
     sub.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
     sub.add_argument("--text", required=True)
@@ -170,7 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # argparse would take a leading --config or --help of `train` for its own.
     is_train = arguments[:1] == ["train"]
-    args = argparse.Namespace(run=_train, settings=arguments[1:]) if is_train else _parser().parse_args(arguments)
+    if is_train:
+        args = argparse.Namespace(run=_train, settings=arguments[1:])
+    else:
+        parser = _parser()
+        args, rest = parser.parse_known_args(arguments)
+        if rest and args.run is not _plan:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.settings = rest
     warnings.showwarning = lambda message, *_, **__: print(f"llasa-jax: warning: {message}", file=sys.stderr)
     for chatty in ("absl", "orbax", "jax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)

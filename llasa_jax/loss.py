@@ -1,36 +1,107 @@
 """Cross-entropy over the whole vocabulary without ever holding the logits of a whole row.
 
-One row of 2,048 tokens over 193,800 classes is 1.6 GB of float32 logits. Here a scan takes `chunk` tokens of every row at a time,
-and the backward pass computes each chunk's logits anew.
+One row of 2,048 tokens over 193,800 classes is 1.6 GB of float32 logits. Here a scan takes `chunk` tokens of every row at a time, and the
+same pass makes that chunk's gradients, so that nothing is computed twice. On a mesh each device holds its share of the vocabulary and
+sees the rows of its whole `fsdp` group: neither the table nor its gradient is ever gathered.
+
+Letters: B rows, C tokens of a chunk, V vocabulary, D model width.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llasa_jax.sharding import ROWS, TABLE, VOCABULARY, make_mesh
 
 
 def chunked_cross_entropy(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, vocab_size: int, chunk: int
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of -log p(target) in nats, and how many targets are the likeliest token, over the tokens in `mask`.
 
     `table` may be padded beyond `vocab_size`: its padding takes no part. Both results are float32 scalars; divide by the mask's
-    sum for means. `chunk` must divide T.
+    sum for means. `chunk` must divide T. `mesh` is the first device alone if not given.
     """
-    table_VD = table_VD.astype(hidden_BTD.dtype)
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return _cross_entropy(vocab_size, chunk, mesh, hidden_BTD, table_VD, targets_BT, mask_BT)
 
-    @jax.checkpoint
-    def chunk_sums(hidden_BCD, targets_BC, mask_BC):
-        logits_BCV, of_target_BC = _logits(hidden_BCD, table_VD, targets_BC, vocab_size)
-        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
-        hit_BC = of_target_BC >= jnp.max(logits_BCV, axis=-1)
-        return jnp.sum(jnp.where(mask_BC, nll_BC, 0.0)), jnp.sum(mask_BC & hit_BC, dtype=jnp.float32)
 
-    def step(sums, chunk_of_rows):
-        return jax.tree.map(jnp.add, sums, chunk_sums(*chunk_of_rows)), None
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(vocab_size, chunk, mesh, hidden, table, targets, mask):
+    return _on_mesh(vocab_size, chunk, mesh, False, hidden, table, targets, mask)[:2]
 
-    zeros = (jnp.float32(0), jnp.float32(0))
-    sums, _ = jax.lax.scan(step, zeros, tuple(_chunks(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT)))
-    return sums
+
+def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
+    nats, correct, *grads = _on_mesh(vocab_size, chunk, mesh, True, hidden, table, targets, mask)
+    # In the table's own precision, and back where the table lies
+    grad_table = jax.lax.with_sharding_constraint(grads[1].astype(table.dtype), NamedSharding(mesh, TABLE))
+    return (nats, correct), (grads[0], grad_table)
+
+
+def _backward(vocab_size, chunk, mesh, grads, cotangents):
+    hidden, table = grads
+    of_nats = cotangents[0]
+    return (hidden * of_nats).astype(hidden.dtype), (table * of_nats).astype(table.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_mesh(vocab_size, chunk, mesh, with_grads, hidden, table, targets, mask):
+    """Sums, and with `with_grads` the gradients of hidden states and table (float32, split over its vocabulary)."""
+    table = jax.lax.with_sharding_constraint(table.astype(hidden.dtype), NamedSharding(mesh, PartitionSpec(VOCABULARY)))
+    grad_specs = (ROWS, PartitionSpec(VOCABULARY)) if with_grads else ()
+    return jax.shard_map(
+        partial(_on_device, vocab_size, chunk, with_grads),
+        mesh=mesh,
+        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS),
+        out_specs=(PartitionSpec(), PartitionSpec(), *grad_specs),
+        check_vma=False,
+    )(hidden, table, targets, mask)
+
+
+def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, mask_BT):
+    """What one device does: its share of the vocabulary, for every row of its `fsdp` group."""
+    B, T, D = hidden_BTD.shape
+    classes_V = jax.lax.axis_index(VOCABULARY) * table_VD.shape[0] + jnp.arange(table_VD.shape[0])
+
+    def step(carry, rows):
+        nats, correct, grad_table_VD = carry
+        hidden_BCD, targets_BC, mask_BC = (jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) for x in rows)
+        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+        logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
+        is_target_BCV = classes_V == targets_BC[..., None]
+        of_target_BC = jax.lax.psum(jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY)
+        top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
+        exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
+        logsumexp_BC = top_BC + jnp.log(exp_sum_BC)
+        nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
+        correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
+        if not with_grads:
+            return (nats, correct, grad_table_VD), None
+        grad_BCV = jnp.where(mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0).astype(table_VD.dtype)
+        grad_table_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
+        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, table_VD, preferred_element_type=jnp.float32)
+        grad_BCD = jax.lax.psum_scatter(jax.lax.psum(grad_BCD, "tensor"), "fsdp", scatter_dimension=0, tiled=True)
+        return (nats, correct, grad_table_VD), grad_BCD.astype(hidden_BTD.dtype)
+
+    no_grad = jnp.zeros(table_VD.shape, jnp.float32) if with_grads else None
+    start = (jnp.float32(0), jnp.float32(0), no_grad)
+    (nats, correct, grad_table_VD), grads = jax.lax.scan(step, start, tuple(_chunks(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT)))
+    # Every device of an fsdp group has the same sums, for all of its rows.
+    nats, correct = jax.lax.psum((nats, correct), "data")
+    if not with_grads:
+        return nats, correct
+    return nats, correct, jnp.moveaxis(grads, 0, 1).reshape(B, T, D), jax.lax.psum(grad_table_VD, "data")
 
 
 def chunked_ranks(
@@ -43,19 +114,15 @@ def chunked_ranks(
     table_VD = table_VD.astype(hidden_BTD.dtype)
 
     def step(_, chunk_of_rows):
-        logits_BCV, of_target_BC = _logits(chunk_of_rows[0], table_VD, chunk_of_rows[1], vocab_size)
+        hidden_BCD, targets_BC = chunk_of_rows
+        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+        logits_BCV = jnp.where(jnp.arange(table_VD.shape[0]) < vocab_size, logits_BCV, -jnp.inf)
+        of_target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
         return None, (nll_BC, jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32))
 
     _, of_chunks = jax.lax.scan(step, None, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape), of_chunks)
-
-
-def _logits(hidden_BCD, table_VD, targets_BC, vocab_size):
-    """The logits [B, C, V] with the table's padding at -inf, and those of the targets [B, C]."""
-    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-    logits_BCV = jnp.where(jnp.arange(table_VD.shape[0]) >= vocab_size, -jnp.inf, logits_BCV)
-    return logits_BCV, jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
 def _chunks(x, chunk):

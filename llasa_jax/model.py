@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llasa_jax.attention import attend, cache_mask, packed_mask
+from llasa_jax.attention import attend, cache_mask, xla_attention
 from llasa_jax.config import ModelConfig, RopeScaling
 
 LAYER_AXES = {
@@ -31,7 +31,8 @@ LAYER_AXES = {
 }
 TABLE_AXES = "VD"
 
-Remat = Literal["none", "full"]
+Remat = Literal["none", "dots", "full"]
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -89,6 +90,22 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return weight_D.astype(x.dtype) * normed.astype(x.dtype)
 
 
+class Layout:
+    """Where arrays lie while the model runs. Here nothing moves; `sharding.MeshLayout` is the same over a mesh."""
+
+    def weight(self, axes: str, weight: jax.Array) -> jax.Array:
+        """A weight (its dimensions as letters) on its way into the arithmetic."""
+        return weight
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """An activation [B, ...] between layers."""
+        return x
+
+    def look_up(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        """The rows of a table, [B, T, D]."""
+        return jnp.take(table_VD, tokens_BT, axis=0)
+
+
 class Cache(nnx.Pytree):
     """Keys and values of every layer, [L, B, S, K, H] each; slot s holds position s."""
 
@@ -114,11 +131,22 @@ class Layer(nnx.Module):
 class Llama(nnx.Module):
     """`LlamaForCausalLM`. Weights are kept in `param_dtype`, the arithmetic is done in `dtype`.
 
-    `remat` "full" recomputes each layer in the backward pass, so that only its input is kept; "none" keeps everything.
+    `remat` "full" recomputes each layer in the backward pass, so that only its input is kept; "dots" keeps the results of products with
+    weights as well; "none" keeps everything. `attention` maps q [B, T, N, H], k and v [B, T, K, H] and segment ids [B, T] to [B, T, N, H].
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16, param_dtype=jnp.float32, remat: Remat = "full"):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.float32,
+        remat: Remat = "full",
+        attention=xla_attention,
+        layout: Layout | None = None,
+    ):
+        self.config, self.dtype, self.remat, self.attention, self.layout = config, dtype, remat, attention, layout or Layout()
         self.embed = _parameter(config, TABLE_AXES, param_dtype, rngs)
         make_layers = nnx.vmap(lambda r: Layer(config, param_dtype, r), in_axes=0, out_axes=0)
         self.layers = nnx.split_rngs(splits=config.num_hidden_layers)(make_layers)(rngs)
@@ -136,13 +164,13 @@ class Llama(nnx.Module):
 
         `tokens`, `positions` and `segment_ids` are int32 [B, T]; positions restart in each segment, segment 0 is padding.
         """
-        mask = packed_mask(segment_ids_BT)
+        rope = self._rope(positions_BT)
 
         def layer_step(x, weights):
-            return self._layer(x, weights, positions_BT, lambda k, v: (k, v, mask)), None
+            return self._layer(x, weights, rope, lambda q, k, v: self.attention(q, k, v, segment_ids_BT)), None
 
-        if self.remat == "full":
-            layer_step = jax.checkpoint(layer_step, prevent_cse=False)
+        if self.remat != "none":
+            layer_step = jax.checkpoint(layer_step, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         x_BTD, _ = jax.lax.scan(layer_step, self._embed(tokens_BT), self._layer_weights())
         return rms_norm(x_BTD, self.norm[...], self.config.rms_norm_eps)
 
@@ -154,18 +182,19 @@ class Llama(nnx.Module):
         """
         mask = cache_mask(positions_BT, cache.k.shape[2])
         rows = jnp.arange(tokens_BT.shape[0])[:, None]
+        rope = self._rope(positions_BT)
 
         def layer_step(carry, layer):
             x, k_cache, v_cache = carry
             weights, index = layer
             stored = {}
 
-            def remember(k, v):
+            def attend_to_cache(q, k, v):
                 stored["k"] = k_cache.at[index, rows, positions_BT].set(k)
                 stored["v"] = v_cache.at[index, rows, positions_BT].set(v)
-                return stored["k"][index], stored["v"][index], mask
+                return attend(q, stored["k"][index], stored["v"][index], mask)
 
-            x = self._layer(x, weights, positions_BT, remember)
+            x = self._layer(x, weights, rope, attend_to_cache)
             return (x, stored["k"], stored["v"]), None
 
         start = (self._embed(tokens_BT), cache.k, cache.v)
@@ -179,27 +208,25 @@ class Llama(nnx.Module):
         return scores[..., : self.config.vocab_size]
 
     def _embed(self, tokens_BT):
-        return jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.dtype)
+        return self.layout.rows(self.layout.look_up(self.embed[...], tokens_BT).astype(self.dtype))
 
     def _layer_weights(self):
         return {name: getattr(self.layers, name)[...] for name in LAYER_AXES}
 
-    def _layer(self, x_BTD, weights, positions_BT, keys_and_values):
-        """One layer; `keys_and_values` maps this step's keys and values to all those to attend to, and their mask."""
+    def _layer(self, x_BTD, weights, rope, attention):
+        """One layer; `attention` maps this step's queries, keys and values to what is attended to."""
         eps = self.config.rms_norm_eps
-        w = {name: weight.astype(self.dtype) for name, weight in weights.items()}
-        cos, sin = self._rope(positions_BT)
+        w = {name: self.layout.weight(LAYER_AXES[name], weight.astype(self.dtype)) for name, weight in weights.items()}
 
         h = rms_norm(x_BTD, w["attn_norm"], eps)
-        q = apply_rope(jnp.einsum("BTD,NHD->BTNH", h, w["q"]), cos, sin)
-        k = apply_rope(jnp.einsum("BTD,KHD->BTKH", h, w["k"]), cos, sin)
+        q = apply_rope(jnp.einsum("BTD,NHD->BTNH", h, w["q"]), *rope)
+        k = apply_rope(jnp.einsum("BTD,KHD->BTKH", h, w["k"]), *rope)
         v = jnp.einsum("BTD,KHD->BTKH", h, w["v"])
-        k, v, mask = keys_and_values(k, v)
-        x_BTD = x_BTD + jnp.einsum("BTNH,DNH->BTD", attend(q, k, v, mask), w["o"])
+        x_BTD = self.layout.rows(x_BTD + jnp.einsum("BTNH,DNH->BTD", attention(q, k, v), w["o"]))
 
         h = rms_norm(x_BTD, w["mlp_norm"], eps)
         h = jax.nn.silu(jnp.einsum("BTD,FD->BTF", h, w["gate"])) * jnp.einsum("BTD,FD->BTF", h, w["up"])
-        return x_BTD + jnp.einsum("BTF,DF->BTD", h, w["down"])
+        return self.layout.rows(x_BTD + jnp.einsum("BTF,DF->BTD", h, w["down"]))
 
     def _rope(self, positions_BT):
         freq = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

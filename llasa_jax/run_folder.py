@@ -17,7 +17,17 @@ from llasa_jax.settings import Settings
 
 SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
 # What may change between a run and its continuation: nothing that the optimizer or the order of the data depends on.
-MAY_CHANGE = ("out", "mesh", "log", "train.save_every", "train.keep", "train.validate_every", "model.remat", "model.loss_chunk")
+MAY_CHANGE = (
+    "out",
+    "mesh",
+    "log",
+    "train.save_every",
+    "train.keep",
+    "train.validate_every",
+    "model.attention",
+    "model.remat",
+    "model.loss_chunk",
+)
 
 
 @contextmanager

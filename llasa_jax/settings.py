@@ -17,14 +17,16 @@ Dtype = Literal["float32", "bfloat16"]
 class ModelSettings:
     """`path`: a folder that `import-hf` made. Arithmetic in `dtype` over weights kept in `param_dtype`.
 
-    `remat` "full" recomputes layers in the backward pass to save memory; `loss_chunk` is how many tokens of each row the loss takes
-    at a time.
+    `attention` "auto" is splash (Pallas) on TPUs, triton (Pallas) on GPUs and xla elsewhere; none lets a clip see its neighbour. `remat`
+    "full" recomputes layers in the backward pass to save memory, "dots" all but the products with weights; `loss_chunk` is how many
+    tokens of each row the loss takes at a time.
     """
 
     path: str = ""
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
-    remat: Literal["none", "full"] = "full"
+    attention: Literal["auto", "xla", "splash", "triton"] = "auto"
+    remat: Literal["none", "dots", "full"] = "full"
     loss_chunk: int = 256
 
 
@@ -44,12 +46,14 @@ class DataSettings:
 class MeshSettings:
     """Devices along each axis; -1 means all that remain. `data` repeats the weights, `fsdp` splits them, `tensor` splits each layer.
 
-    `hosts` true joins the processes that run this same command on every host (`jax.distributed.initialize()`).
+    `slices`: how many TPU slices, or GPU machines, take part; `data` must be a multiple of it. `hosts` true joins the processes that run
+    this same command on every host (`jax.distributed.initialize()`).
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    slices: int = 1
     hosts: bool = False
 
 

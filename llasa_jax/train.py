@@ -36,7 +36,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
     config, _ = model_folder.read_description(source)
-    mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
     prompter = Prompter(AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER), settings.prompt)
     vocab = prompter.vocab
     if vocab.size > config.vocab_size:

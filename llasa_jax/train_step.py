@@ -6,11 +6,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llasa_jax.attention import choose_attention
 from llasa_jax.config import ModelConfig
 from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model import Llama
 from llasa_jax.settings import ModelSettings
-from llasa_jax.sharding import ROWS, abstract_params
+from llasa_jax.sharding import ROWS, MeshLayout, abstract_params
 
 
 class TrainStep:
@@ -29,7 +30,13 @@ class TrainStep:
         code_ids: range = range(0),
     ):
         self.config, self.settings, self.optimizer, self.mesh, self.code_ids = config, settings, optimizer, mesh, code_ids
-        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(settings.dtype), remat=settings.remat))
+        options = {
+            "dtype": jnp.dtype(settings.dtype),
+            "remat": settings.remat,
+            "attention": choose_attention(settings.attention, mesh),
+            "layout": MeshLayout(mesh),
+        }
+        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
         self.graphdef = nnx.graphdef(model)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
@@ -39,6 +46,16 @@ class TrainStep:
         self.init = jax.jit(optimizer.init, out_shardings=shardings[1])
         self.train = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*shardings, self.replicated))
         self.validate = jax.jit(self._validate, out_shardings=self.replicated)
+
+    def compile(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
+        """The train step for batches of this shape and the platform of the mesh's devices, which need not be at hand."""
+
+        def array(dtype):
+            return jax.ShapeDtypeStruct((accumulation, rows, length), dtype, sharding=self.batch_sharding)
+
+        batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")} | {"loss_mask": array(jnp.bool_)}
+        platform = self.mesh.devices.flat[0].platform
+        return self.train.trace(self.params, self.opt_state, batch).lower(lowering_platforms=(platform,)).compile()
 
     def _abstract_opt_state(self):
         """The optimizer's state as shapes: moments lie where their parameters lie, counters everywhere."""
@@ -65,7 +82,7 @@ class TrainStep:
         """Summed loss (nats) and correct predictions of one micro-batch [rows, length]."""
         rows, hidden, table = self._hidden(params, micro_batch)
         sizes = {"vocab_size": self.config.vocab_size, "chunk": self.settings.loss_chunk}
-        return chunked_cross_entropy(hidden, table, rows["targets"], rows["loss_mask"], **sizes)
+        return chunked_cross_entropy(hidden, table, rows["targets"], rows["loss_mask"], **sizes, mesh=self.mesh)
 
     def _is_code(self, batch):
         return batch["loss_mask"] & (batch["targets"] >= self.code_ids.start) & (batch["targets"] < self.code_ids.stop)
@@ -93,14 +110,17 @@ class TrainStep:
             nats, correct = self._sums(params, micro_batch)
             return nats / targets, correct
 
-        def accumulate(carry, micro_batch):
+        def value_and_grad(micro_batch):
             (loss, correct), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, micro_batch)
-            return jax.tree.map(jnp.add, carry, (loss, correct, grads)), None
+            return loss, correct, grads
 
-        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        def accumulate(carry, micro_batch):
+            return jax.tree.map(jnp.add, carry, value_and_grad(micro_batch)), None
+
         if batch["tokens"].shape[0] == 1:
-            (loss, correct, grads), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], batch))
+            loss, correct, grads = value_and_grad(jax.tree.map(lambda x: x[0], batch))
         else:
+            zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
             (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, batch)
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         real = batch["segment_ids"] > 0

@@ -1,13 +1,25 @@
 """The mesh and the table: what goes where, and what cannot."""
 
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from reference import config_of, hf_llama
 
 from llasa_jax.errors import UserError
+from llasa_jax.optimizer import make_optimizer
+from llasa_jax.settings import ModelSettings, OptimizerSettings
 from llasa_jax.sharding import abstract_params, make_mesh, parameter_shardings
+from llasa_jax.train_step import TrainStep
 
 
 def test_mesh_sizes():
@@ -37,3 +49,78 @@ def test_what_does_not_divide_is_named():
     config = config_of(hf_llama(kv_heads=1))
     with pytest.raises(UserError, match=r"mesh.tensor=2 does not divide the model's num_key_value_heads \(1\)"):
         parameter_shardings(config, make_mesh(1, -1, 2))
+
+
+def test_slices_repeat_the_weights():
+    with pytest.raises(UserError, match=r"mesh.data=1 is not a multiple of mesh.slices=2"):
+        make_mesh(1, -1, 1, slices=2)
+    with pytest.raises(UserError, match=r"mesh.slices=2 does not match the processes at hand"):
+        make_mesh(2, -1, 1, slices=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_the_compiled_step_holds_neither_a_rows_logits_nor_a_whole_table(shape):
+    """On its own buffers, forward and backward. Sizes are such that nothing else is as large."""
+    config = config_of(hf_llama(vocab=5000))
+    rows, length, chunk, pieces = 8, 128, 16, shape[1] * shape[2]
+    step = TrainStep(config, ModelSettings(dtype="float32", loss_chunk=chunk), make_optimizer(OptimizerSettings(), 9), make_mesh(*shape))
+    compiled = step.compile(1, rows, length).as_text()
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", compiled)]
+    table = config.padded_vocab_size * config.hidden_size
+    assert max(sizes) == rows // shape[0] * chunk * config.padded_vocab_size // pieces  # a chunk's logits
+    assert max(sizes) < min(table, length * config.padded_vocab_size)
+
+
+ONE_OF_TWO = """
+import sys
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+import functools, json
+import numpy as np
+from reference import config_of, hf_llama, params_of
+from test_train_step import ACCUMULATION, OPTIMIZER, ROWS, STEPS, make_batches
+from llasa_jax.optimizer import make_optimizer
+from llasa_jax.settings import ModelSettings
+from llasa_jax.sharding import make_mesh, parameter_shardings
+from llasa_jax.train_step import TrainStep
+
+config, mesh = config_of(hf_llama()), make_mesh(2, 2, 1, slices=2)
+assert [[d.process_index for d in row.flat] for row in mesh.devices] == [[0, 0], [1, 1]]
+functions = TrainStep(config, ModelSettings(dtype="float32", loss_chunk=16), make_optimizer(OPTIMIZER, STEPS), mesh)
+params = jax.device_put(params_of(hf_llama()), parameter_shardings(config, mesh))
+opt_state, numbers = functions.init(params), []
+mine = slice(jax.process_index() * ROWS // 2, (jax.process_index() + 1) * ROWS // 2)
+for batch, _ in zip(make_batches(), range(3)):
+    place = functools.partial(jax.make_array_from_process_local_data, functions.batch_sharding)
+    batch = {name: place(np.ascontiguousarray(x[:, mine])) for name, x in batch.items()}
+    assert batch["tokens"].shape[:2] == (ACCUMULATION, ROWS)
+    params, opt_state, metrics = functions.train(params, opt_state, batch)
+    numbers.append({name: float(value) for name, value in metrics.items()})
+print(json.dumps(numbers))
+"""
+
+
+def test_two_processes_train_like_one():
+    from test_train_step import train
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).parent
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(tests)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-c", ONE_OF_TWO, str(port)]
+    both = [
+        subprocess.Popen([*command, str(i)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], outputs
+    one, _ = train(hf_llama(), make_mesh(1, 1, 1, devices=jax.devices()[:1]), steps=3)
+    for stdout, _ in outputs:
+        for mine, its in zip(json.loads(stdout.splitlines()[-1]), one, strict=True):
+            for name in its:
+                np.testing.assert_allclose(mine[name], its[name], rtol=2e-5, err_msg=name)

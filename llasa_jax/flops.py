@@ -1,0 +1,82 @@
+"""How much work and traffic one training step is, from shapes alone, and how long devices take for it at the least."""
+
+from dataclasses import dataclass
+
+from llasa_jax.config import ModelConfig
+from llasa_jax.hardware import Device
+
+# Bytes that one token moves to and from memory in one layer, in units of 2-byte elements: reads and writes of activations around
+# the products and norms, forward, recomputed and backward.
+_WIDTHS_D, _WIDTHS_F = 40, 15
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A step on a mesh: `rows` are all rows of a micro-batch, `length` their tokens."""
+
+    rows: int
+    length: int
+    accumulation: int
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length * self.accumulation
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Weights of all layers' matrices."""
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    return config.num_hidden_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def all_weights(config: ModelConfig) -> int:
+    tables = 1 if config.tie_word_embeddings else 2
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    return layer_weights(config) + tables * config.padded_vocab_size * config.hidden_size + norms
+
+
+def model_flops_per_token(config: ModelConfig, context: float) -> float:
+    """FLOPs of training on one token that attends to `context` tokens (on average, itself included): forward, and twice that backward.
+
+    Counts the matrix products of the model alone, two FLOPs a multiplication; what is recomputed to save memory counts as nothing.
+    """
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    return 6 * (layer_weights(config) + attention + config.vocab_size * config.hidden_size)
+
+
+def model_flops(config: ModelConfig, shape: StepShape) -> float:
+    """FLOPs of one step as for a row that is one clip: packed clips attend to less, which makes a few per cent."""
+    return shape.tokens * model_flops_per_token(config, (shape.length + 1) / 2)
+
+
+def step_seconds(config: ModelConfig, shape: StepShape, device: Device) -> dict[str, float]:
+    """The least seconds that a step takes for arithmetic, for memory traffic and for traffic between devices, each at its peak rate."""
+    micro_tokens = shape.rows * shape.length / (shape.data * shape.fsdp)  # of one device and one micro-batch
+    D, L, V = config.hidden_size, config.num_hidden_layers, config.padded_vocab_size
+    weights = layer_weights(config) / shape.tensor
+    passes = 3 if shape.remat == "none" else 4  # forward, recomputed, and two backward
+    context = 2 * L * config.num_attention_heads * config.head_dim * shape.length / 2
+    layers = 2 * passes * micro_tokens * (weights + context / shape.tensor)
+    loss = 6 * micro_tokens * V * D / shape.tensor
+    flops = shape.accumulation * (layers + loss)
+
+    reads = 2 * weights * passes
+    activations = 2 * micro_tokens * L * (_WIDTHS_D * D + _WIDTHS_F * config.intermediate_size / shape.tensor)
+    logits = 16 * micro_tokens * V / shape.tensor
+    optimizer = 36 * all_weights(config) / (shape.fsdp * shape.tensor)
+    traffic = shape.accumulation * (reads + activations + logits) + optimizer
+
+    gathered = (shape.fsdp - 1) / shape.fsdp * weights * 2 * 3  # forward, backward, and the gradients' way home
+    over_data = 2 * (shape.data - 1) / shape.data * (2 * weights + 4 * V * D / shape.tensor) / shape.fsdp
+    of_loss = (shape.fsdp - 1) * micro_tokens * D * (2 + 4 + 2 + 2)
+    over_tensor = (shape.tensor - 1) / shape.tensor * 2 * 2 * 6 * L * micro_tokens * D
+    between = shape.accumulation * (gathered + over_data + of_loss + over_tensor)
+    return {"arithmetic": flops / device.flops, "memory": traffic / device.bandwidth, "links": between / device.link}

@@ -1,0 +1,258 @@
+"""Whether a training step fits a machine, and how long it takes there, before anybody rents it.
+
+For TPUs this compiles the real step with XLA's TPU compiler (`libtpu`), which needs no TPU; for GPUs it estimates from shapes.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from llasa_jax import model_folder
+from llasa_jax.config import ModelConfig, RopeScaling
+from llasa_jax.errors import UserError
+from llasa_jax.flops import StepShape, model_flops, step_seconds
+from llasa_jax.hardware import GPUS, TPUS, Device, known_topologies, parse_topology
+from llasa_jax.memory import advice, held_gib, is_out_of_memory, working_gib
+from llasa_jax.optimizer import make_optimizer
+from llasa_jax.settings import Settings
+from llasa_jax.sharding import make_mesh, mesh_sizes
+from llasa_jax.train_step import TrainStep
+
+HERE = "here"
+CODES_PER_SECOND, TOKENS_PER_CODE = 50, 1.2  # a clip's text and chat turns add about a fifth to its codes
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+_LLAMA = {"vocab_size": 193_800, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "num_key_value_heads": 8}
+MODELS = {
+    "1b": ModelConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64, **_LLAMA),
+    "3b": ModelConfig(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128, **_LLAMA),
+    "8b": ModelConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        head_dim=128,
+        tie_word_embeddings=False,
+        **_LLAMA,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step needs on one machine. Sizes are GiB a device; `memory_gib` says what the peak is made of."""
+
+    topology: str
+    device_count: int
+    mesh: dict[str, int]
+    rows_per_device: float
+    estimated: bool
+    fits: bool
+    peak_hbm_gib: float
+    hbm_gib: float | None
+    memory_gib: dict[str, float]
+    tokens_per_step: int
+    model_flops_per_step: float
+    step_seconds: dict[str, float]
+    step_seconds_roofline: float | None
+    steps: int | None = None
+    hours_roofline: float | None = None
+
+
+def model_geometry(model: str | None, settings: Settings) -> ModelConfig:
+    """The geometry of `model`, a size or a folder; by default of `settings.model.path`. UserError if there is none."""
+    if model in MODELS:
+        return MODELS[model]
+    folder = Path(model or settings.model.path)
+    if not (folder / model_folder.MODEL_FILE).is_file():
+        raise UserError(
+            f"there is no model in {folder} to plan for yet; name its size with --model {', '.join(MODELS)}, or a model's folder"
+        )
+    return model_folder.read_description(folder)[0]
+
+
+def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device: int | None = None) -> Plan:
+    """Compiles (TPUs, and the machine at hand as "here") or estimates (GPUs) the train step of `settings`. UserError on what cannot be.
+
+    `topology` is like v5e:4x4 or h100:8, and is each slice's where `mesh.slices` is more than one.
+    """
+    estimated = topology.partition(":")[0].lower() in GPUS
+    if estimated:
+        _, device, count = parse_topology(topology)
+        sizes = mesh_sizes(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, count)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    else:
+        devices, device = _machine(topology, settings.mesh.slices)
+        mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, devices=devices, slices=settings.mesh.slices)
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows_per_device:
+        settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, rows=rows_per_device * row_devices))
+    rows, length, accumulation = settings.train.rows, settings.data.max_length, settings.train.accumulation
+    if rows % row_devices:
+        raise UserError(f"train.rows={rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
+    # What is only estimated has no platform to choose an attention for.
+    model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
+    step = TrainStep(config, model, make_optimizer(settings.optimizer, 1000), mesh)
+    held = held_gib(config, settings, step)
+    if estimated:
+        peak = sum(held.values()) + working_gib(config, settings, mesh)
+        fits = peak < device.memory
+    else:
+        peak, fits = _compiled_peak(step, accumulation, rows, length)
+        peak = max(peak, sum(held.values()))
+    shape = StepShape(rows, length, accumulation, *mesh.shape.values(), settings.model.remat)
+    seconds = step_seconds(config, shape, device) if device else {}
+    return Plan(
+        topology=topology,
+        device_count=mesh.size,
+        mesh=dict(mesh.shape),
+        rows_per_device=rows / row_devices,
+        estimated=estimated,
+        fits=fits,
+        peak_hbm_gib=round(peak, 2),
+        hbm_gib=device and device.memory,
+        memory_gib={name: round(size, 2) for name, size in (held | {"working memory": max(0.0, peak - sum(held.values()))}).items()},
+        tokens_per_step=shape.tokens,
+        model_flops_per_step=model_flops(config, shape),
+        step_seconds=seconds,
+        step_seconds_roofline=max(seconds.values()) if seconds else None,
+    )
+
+
+def with_dataset(plan_: Plan, settings: Settings, tokens: float) -> Plan:
+    """The plan with steps and hours for a dataset of `tokens`."""
+    steps = settings.train.steps or max(1, ceil(settings.train.epochs * tokens / plan_.tokens_per_step))
+    seconds = plan_.step_seconds_roofline
+    return dataclasses.replace(plan_, steps=steps, hours_roofline=seconds and steps * seconds / 3600)
+
+
+def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> float | None:
+    """Tokens of the dataset: counted where model and data are here, reckoned from `speech_hours`, or None if neither."""
+    if speech_hours:
+        return speech_hours * 3600 * CODES_PER_SECOND * TOKENS_PER_CODE
+    tokenizer = Path(settings.model.path) / model_folder.HF_FOLDER
+    if not (Path(settings.data.path).is_dir() and tokenizer.is_dir()):
+        return None
+    from transformers import AutoTokenizer
+
+    from llasa_jax.batching import measure
+    from llasa_jax.data.records import open_utterances
+    from llasa_jax.prompts import Prompter
+
+    prompter = Prompter(AutoTokenizer.from_pretrained(tokenizer), settings.prompt)
+    return measure(open_utterances(settings.data.path, settings.data.train_split), prompter, settings.data.max_length).tokens
+
+
+def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
+    """The plan with the most rows a device that fit, a power of two; None if not even one does."""
+    best, rows = None, 1
+    while (tried := plan(settings, config, topology, rows)).fits:
+        best, rows = tried, rows * 2
+    return best
+
+
+def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
+    """The plan on the smallest machine of this kind on which one row a device fits; None if the largest known is too small."""
+    kind, device, count = parse_topology(topology)
+    for shape in [f"{n}" for n in (1, 2, 4, 8)] if count else device.slices:
+        name = f"{kind}:{shape}"
+        chips = int(shape) if count else prod(map(int, shape.split("x"))) * device.devices_per_chip
+        weights_and_moments = 16 * sum(np.prod(leaf) for leaf in _shapes(config)) / chips / 2**30
+        if settings.mesh.data == 1 and weights_and_moments > device.memory:
+            continue
+        try:
+            tried = plan(settings, config, name, 1)
+        except UserError:
+            continue
+        if tried.fits:
+            return tried
+    return None
+
+
+def _shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+    from llasa_jax.model import parameter_axes, sizes
+
+    return [tuple(sizes(config)[letter] for letter in axes) for axes in jax.tree.leaves(parameter_axes(config))]
+
+
+def _machine(topology: str, slices: int) -> tuple[list, Device | None]:
+    """The devices to compile for, and what is known of one."""
+    if topology == HERE:
+        devices = jax.devices()
+        kind = devices[0].device_kind
+        name = _KINDS.get(kind) or next((gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in kind.lower().replace(" ", "")), None)
+        return devices, (TPUS | GPUS).get(name)
+    _, device, _ = parse_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning for TPUs needs XLA's TPU compiler, which is not installed; `pip install 'llasa-jax[plan]'` brings it")
+    # A compiler without a TPU: it must not look for one, and other processes may use it too.
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        options = {"num_slices": slices} if slices > 1 else {}
+        if prod(map(int, topology.partition(":")[2].split("x"))) < 4:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        with _quiet():
+            return topologies.get_topology_desc(platform="tpu", topology_name=topology.lower(), **options).devices, device
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the TPU compiler does not take the topology {topology} ({reason}); known are {known_topologies()}") from None
+
+
+@contextmanager
+def _quiet():
+    """Hides what libtpu's C++ says on stderr about a machine that is no TPU."""
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
+
+
+def _compiled_peak(step: TrainStep, accumulation: int, rows: int, length: int) -> tuple[float, bool]:
+    """Peak GiB a device, and whether it fits: the compiler refuses what does not, and says how much at least that would have taken."""
+    try:
+        analysis = step.compile(accumulation, rows, length).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
+        return max(map(float, sizes), default=0.0), False
+    return analysis.peak_memory_in_bytes / 2**30, True
+
+
+def describe(plan_: Plan, settings: Settings) -> str:
+    """The plan in words."""
+    how = "estimated from shapes, nothing was compiled" if plan_.estimated else "compiled"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan_.mesh.items())
+    of = f" of {plan_.hbm_gib:g}" if plan_.hbm_gib else ""
+    lines = [
+        f"{'fits' if plan_.fits else 'DOES NOT FIT'}: {plan_.topology}, {plan_.device_count} devices ({mesh}), "
+        f"{plan_.rows_per_device:g} rows a device; {how}",
+        f"peak memory a device: {'' if plan_.fits else 'at least '}{plan_.peak_hbm_gib:.2f}{of} GiB",
+        *(f"  {size:6.2f}  {name}" for name, size in plan_.memory_gib.items()),
+        f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs",
+    ]
+    if plan_.step_seconds:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in plan_.step_seconds.items())
+        lines.append(f"at least {plan_.step_seconds_roofline:.2f} s a step: the longest of {parts} s, each alone and at its peak rate;")
+        lines.append("  half that speed is usual")
+    if plan_.steps:
+        hours = f", at least {plan_.hours_roofline:.1f} hours" if plan_.hours_roofline else ""
+        lines.append(f"the dataset: {plan_.steps:,} steps{hours}")
+    if not plan_.fits:
+        lines.append(f"what would help: {advice(settings)}")
+    return "\n".join(lines)
