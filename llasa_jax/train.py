@@ -14,12 +14,12 @@ import yaml
 from transformers import AutoTokenizer
 
 from llasa_jax import model_folder
-from llasa_jax.batching import BatchShape, batches, measure
+from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
-from llasa_jax.prompts import Prompter, Utterance
+from llasa_jax.prompts import Conversation, Prompter, Utterance
 from llasa_jax.settings import Settings
 from llasa_jax.sharding import make_mesh
 from llasa_jax.train_step import TrainStep
@@ -28,39 +28,49 @@ SETTINGS_FILE = "settings.yaml"
 # What may change between a run and its continuation: nothing that the optimizer or the order of the data depends on.
 MAY_CHANGE = ("out", "mesh", "log", "train.save_every", "train.keep", "train.validate_every", "model.remat", "model.loss_chunk")
 
+Records = Sequence[Utterance] | Sequence[Conversation]
 
-def train(settings: Settings, records: Sequence[Utterance], validation: Sequence[Utterance] | None = None) -> Path:
+
+def train(settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = ()) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
-    Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work.
+    `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. Ctrl-C and
+    SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work.
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
     config, origin = model_folder.read_description(source)
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-    prompter = Prompter(AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER), settings.prompt)
-    if prompter.vocab.size > config.vocab_size:
+    tokenizer = AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER)
+    prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
+    sources = [Source(*each) for each in zip(records, prompters, (each.weight for each in settings.sources), strict=True)]
+    checks = [Source(held_out, prompter) for held_out, prompter in zip(validation, prompters, strict=False) if held_out is not None]
+    if prompters[0].vocab.size > config.vocab_size:
         raise UserError(
-            f"the tokenizer in {source} has {prompter.vocab.size} tokens but the model only {config.vocab_size}; they are no pair"
+            f"the tokenizer in {source} has {prompters[0].vocab.size} tokens but the model only {config.vocab_size}; they are no pair"
         )
     shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if shape.rows % row_devices:
         raise UserError(f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
-    fit = measure(records, prompter, shape.length)
-    clips = fit.clips + (fit.too_long if settings.data.too_long == "cut" else 0)
-    steps = settings.train.steps or max(1, ceil(settings.train.epochs * fit.tokens / shape.tokens))
-    about = "" if fit.exact else "about "
-    _say(f"{about}{clips} clips, {about}{fit.tokens} tokens; {about}{fit.too_long} too long for {shape.length} ({settings.data.too_long})")
+    pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed}
+    fit = measure(sources, shape.length, **pipeline)
+    steps = settings.train.steps or max(1, ceil(settings.train.epochs * fit.rows / (shape.accumulation * shape.rows)))
+    about = "an epoch: " if fit.exact else "an epoch, about: "
+    _say(
+        f"{about}{fit.clips} clips, {fit.tokens} tokens in {fit.rows} rows, {fit.tokens / (fit.rows * shape.length):.1%} full; "
+        f"{fit.too_long} too long for {shape.length} ({settings.data.too_long})"
+    )
+    if len(sources) > 1:
+        _say("tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
     _say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
 
     # The run's folder, new or gone back to
     _prepare(run, source, settings, origin)
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh)
     schedule = learning_rate_schedule(settings.optimizer, steps)
-    host = (jax.process_index(), jax.process_count())
-    pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed, "process": host}
-    data = iter(batches(records, prompter, shape, **pipeline))
+    pipeline["process"] = (jax.process_index(), jax.process_count())
+    data = iter(batches(sources, shape, **pipeline))
     checkpoints = Checkpoints(run, settings.train.keep)
     restored = checkpoints.restore(step_functions.params, step_functions.opt_state, data)
     if restored:
@@ -72,10 +82,10 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     metrics = Metrics(run, settings.log, start)
 
     def validate(step: int) -> None:
-        if validation is None:
+        if not checks:
             return
         sums = {"nats": 0.0, "correct": 0.0, "targets": 0.0}
-        for batch in batches(validation, prompter, shape, **pipeline, repeat=False):
+        for batch in batches(checks, shape, **pipeline, repeat=False):
             for name, value in step_functions.validate(params, _place(batch, step_functions)).items():
                 sums[name] += float(value)
         result = {"validation_loss": sums["nats"] / sums["targets"], "validation_accuracy": sums["correct"] / sums["targets"]}

@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips():
     rng = np.random.default_rng(0)
-    return [Utterance(f"word {i}", rng.integers(0, 65_536, 10 + i).astype(np.uint16), f"clip{i}", "ada") for i in range(12)]
+    return [[Utterance(f"word {i}", rng.integers(0, 65_536, 10 + i).astype(np.uint16), f"clip{i}", "ada") for i in range(12)]]
 
 
 def settings_for(model, out, **changes):
@@ -60,7 +60,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def finished(model, clips, tmp_path_factory):
-    return train(settings_for(model, tmp_path_factory.mktemp("runs") / "whole"), clips, clips[:3])
+    return train(settings_for(model, tmp_path_factory.mktemp("runs") / "whole"), clips, clips)
 
 
 def test_it_learns_and_says_so(finished):
@@ -91,7 +91,7 @@ def test_a_run_is_a_model(finished, model):
 
 def test_the_same_command_again_does_nothing_more(finished, model, clips, capsys):
     before = losses(finished)
-    train(settings_for(model, finished), clips, clips[:3])
+    train(settings_for(model, finished), clips, clips)
     assert "going on after step 6" in capsys.readouterr().out
     assert losses(finished) == before
 
@@ -142,8 +142,8 @@ def test_another_mesh_goes_on_with_the_same_data(finished, model, clips, tmp_pat
 def test_epochs_become_steps(model, clips, tmp_path, capsys):
     train(settings_for(model, tmp_path / "run", train={"steps": 0, "epochs": 3.0, "rows": 8}), clips)
     out = capsys.readouterr().out
-    tokens = int(out.split("12 clips, ")[1].split(" tokens")[0])
-    assert max(losses(tmp_path / "run")) == int(np.ceil(3 * tokens / (8 * 128)))
+    rows = int(out.split("an epoch: 12 clips, ")[1].split(" tokens in ")[1].split(" rows")[0])
+    assert max(losses(tmp_path / "run")) == int(np.ceil(3 * rows / 8))
 
 
 def test_nothing_is_learned_from_nan(model, clips, tmp_path, monkeypatch):
