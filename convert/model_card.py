@@ -26,13 +26,14 @@ def model_card(source: Path, origin: dict, repo: str, step: int | None, speaks: 
     front |= {"base_model": base} if "/" in base else {}  # the hub takes only its own ids
     front |= {"library_name": "transformers", "pipeline_tag": "text-to-speech" if speaks else "text-generation"}
     front |= {"tags": ["llasa", "llasa-jax"] if speaks else ["llasa-jax"]}
+    prompt = PromptSettings(**origin.get("prompt", {})).filled()
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {repo.rsplit('/', 1)[-1]}",
         _summary(base, step, speaks),
         *_training(source, step),
         "## How to use it",
-        *(_speaking(repo, PromptSettings(**origin.get("prompt", {}))) if speaks else _writing(repo)),
+        *(_speaking(repo, prompt) if speaks and prompt.task == "tts" else _writing(repo)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -52,9 +53,12 @@ def _training(source: Path, step: int | None) -> list[str]:
     told = {group: values for group, values in settings.items() if group not in ("out", "log", "prompt")}
     for group in ("model", "data"):
         told[group] = {name: Path(value).name if name == "path" else value for name, value in told.get(group, {}).items()}
+    sources = [{**source, "path": Path(source["path"]).name} for source in told["data"].get("sources", [])]
+    told["data"] |= {"sources": sources} if sources else {}
+    names = ", ".join(f"`{each.get('path', '')}`" for each in sources or [told["data"]])
     parts = [
         "## Training",
-        f"Data: `{told['data'].get('path', '')}`. All settings:",
+        f"Data: {names}. All settings:",
         f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```",
     ]
     numbers = _last_numbers(source / METRICS, step)

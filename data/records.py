@@ -1,10 +1,13 @@
-"""Datasets of codes as sequences of utterances, for the training pipeline."""
+"""Datasets as sequences of records, for the training pipeline."""
 
 import os
 from collections.abc import Sequence
 
 from llasa_jax.data.builder import Records, open_dataset
+from llasa_jax.data.conversations import Conversations
+from llasa_jax.errors import UserError
 from llasa_jax.prompts import Utterance
+from llasa_jax.settings import SourceSettings
 
 
 class Utterances(Sequence[Utterance]):
@@ -23,3 +26,18 @@ class Utterances(Sequence[Utterance]):
 def open_utterances(folder: str | os.PathLike, split: str) -> Utterances:
     """Opens a split. UserError if the folder is no dataset, or lacks the split or one of its files."""
     return Utterances(open_dataset(folder, split))
+
+
+def open_sources(sources: Sequence[SourceSettings]) -> tuple[list[Sequence], list[Sequence | None]]:
+    """The training records and the validation records (None where there is no such split) of each source. UserError if one is not there."""
+    return [_open(source, source.split) for source in sources], [
+        _open(source, source.validation_split) if source.validation_split else None for source in sources
+    ]
+
+
+def _open(source: SourceSettings, split: str) -> Sequence:
+    if source.prompt.task != "chat":
+        return open_utterances(source.path, split)
+    if source.validation_split:
+        raise UserError(f"{source.path}: a file of conversations has no splits; leave its validation_split out")
+    return Conversations(source.path)

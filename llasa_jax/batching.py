@@ -1,21 +1,31 @@
-"""From utterances to batches: shuffled, turned into tokens, packed many to a row.
+"""From records to batches: mixed, shuffled, turned into tokens, packed many to a row.
 
 A spoken sentence is some 400 tokens; padding each to 2,048, as upstream does, wastes four fifths of the work. Here rows hold as
-many whole clips as fit (first-fit over a window of open rows), told apart by `segment_ids`; positions restart in each.
-The pipeline is Grain's, so its place in the data is a small state that goes into every checkpoint.
+many whole clips as fit, told apart by `segment_ids`; positions restart in each. Best-fit decreasing over windows of 1,024 clips fills
+LJSpeech's rows to 99% (`benchmarks/packing.py`).
+
+Several sources are drawn by weight, record by record. The order of all draws is fixed by the seed alone, and hosts take every n-th of
+it, so the data is the same on any number of hosts. An epoch is one pass over the first source, whose others are drawn beside it
+however often their weights say; each source is shuffled anew whenever it has been drawn once. The pipeline is Grain's, so its place in
+the data is a small state that goes into every checkpoint.
 """
 
+import bisect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
 from typing import Literal
 
 import grain
 import numpy as np
 
 from llasa_jax.errors import UserError
-from llasa_jax.prompts import Example, Prompter, Utterance
+from llasa_jax.prompts import Conversation, Example, Prompter, Utterance
 
-OPEN_ROWS = 64
+WINDOW = 1024
+SAMPLE = 20_000
 
 
 @dataclass(frozen=True)
@@ -32,44 +42,126 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A dataset, how its records become prompts, and its share of the records that are drawn, against the other sources' weights."""
+
+    records: Sequence[Utterance] | Sequence[Conversation]
+    prompter: Prompter
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Fit:
-    """What a dataset amounts to at one row length. `exact` is false where it was extrapolated from a sample."""
+    """What an epoch amounts to at one row length. `exact` is false where it was extrapolated from a sample.
+
+    `tokens` are those of the `clips` that are kept, `rows` what they fill, and `shares` each source's part of the tokens.
+    """
 
     clips: int
     too_long: int
     tokens: int
+    rows: int
+    shares: tuple[float, ...]
     exact: bool
 
 
+class Mix(grain.transforms.DatasetSelectionMap):
+    """Which source the k-th draw is from, and which of that source's draws it is, evenly spread.
+
+    Weights become whole numbers without loss (0.9 and 0.1 are 9 and 1), so that any window as long as their sum holds exactly as many
+    records of each source. `grain.MapDataset.mix` rounds weights (0.7 and 0.3 are 233 and 100).
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self._weights = _whole(weights)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        # Of the first `k` draws, `k * others // remaining` are left to the sources after this one.
+        remaining, k, after = sum(self._weights), index, index + 1
+        for source, weight in enumerate(self._weights):
+            others = remaining - weight
+            left, left_after = k * others // remaining, after * others // remaining
+            if left == left_after:
+                return source, k - left
+            remaining, k, after = others, left, left_after
+        raise AssertionError("the last source leaves nothing to others")
+
+
+def drawn(sources: Sequence[Source], seed: int) -> grain.MapDataset:
+    """The records of training in the order in which they are drawn, without end: pairs of a source's index and its record."""
+    return grain.MapDataset.select_from_datasets(
+        [
+            # Far apart, since Grain adds the epoch to the seed: one dataset under two tasks is in two orders.
+            _tagged(i, grain.MapDataset.source(source.records)).shuffle(seed=(seed + 1_000_003 * i) % 2**32).repeat()
+            for i, source in enumerate(sources)
+        ],
+        Mix([source.weight for source in sources]),
+    )
+
+
+def draws_per_epoch(sources: Sequence[Source]) -> int:
+    """How many draws pass once over the first source."""
+    weights = _whole([source.weight for source in sources])
+    return -(-len(sources[0].records) * sum(weights) // weights[0])
+
+
+def _whole(weights: Sequence[float]) -> list[int]:
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(weight.denominator for weight in exact))
+    return [int(weight * scale) for weight in exact]
+
+
+def _tagged(index: int, dataset: grain.MapDataset) -> grain.MapDataset:
+    return dataset.map(lambda record: (index, record))
+
+
 class ToExample(grain.transforms.Map):
-    """A record to an `Example`, or None where it is longer than `length` and is to be dropped."""
+    """A drawn record to an `Example`, or None where it is longer than `length` and is to be dropped."""
 
-    def __init__(self, prompter: Prompter, length: int, too_long: Literal["drop", "cut"]):
-        self._prompter, self._length, self._too_long = prompter, length, too_long
+    def __init__(self, sources: Sequence[Source], length: int, too_long: Literal["drop", "cut"]):
+        self._sources, self._length, self._too_long = sources, length, too_long
 
-    def map(self, record: Utterance) -> dict | None:
-        example = self._prompter.example(record)
-        if len(example.tokens) > self._length:
-            if self._too_long == "drop":
-                return None
-            example = Example(*(getattr(example, name)[: self._length] for name in ("tokens", "loss", "visible")))
-        return {"tokens": example.tokens, "loss": example.loss, "visible": example.visible}
+    def map(self, draw: tuple[int, Utterance | Conversation]) -> Example | None:
+        source, record = draw
+        example = self._sources[source].prompter.example(record)
+        if len(example.tokens) <= self._length:
+            return example
+        if self._too_long == "drop":
+            return None
+        return Example(*(getattr(example, name)[: self._length] for name in ("tokens", "loss", "visible")))
 
 
-def measure(records: Sequence[Utterance], prompter: Prompter, length: int, sample: int = 20_000) -> Fit:
-    """Counts the clips and tokens that fit rows of `length`, over all records or an even sample of them. UserError if none fits."""
-    count = min(len(records), sample)
-    lengths = np.array([len(prompter.example(records[i]).tokens) for i in np.linspace(0, len(records) - 1, count, dtype=int)])
-    fits = lengths <= length
-    if not fits.any():
-        raise UserError(f"none of the clips fits rows of {length} tokens (the shortest has {lengths.min()}); raise data.max_length")
-    scale = len(records) / count
-    return Fit(round(fits.sum() * scale), round((~fits).sum() * scale), round(lengths[fits].sum() * scale), count == len(records))
+def measure(
+    sources: Sequence[Source],
+    length: int,
+    *,
+    seed: int,
+    pack: bool = True,
+    too_long: Literal["drop", "cut"] = "drop",
+    sample: int = SAMPLE,
+) -> Fit:
+    """Counts the clips, tokens and rows of `length` of the first epoch, from its first `sample` draws. UserError if none fits."""
+    draws = draws_per_epoch(sources)
+    count = min(draws, sample)
+    order = drawn(sources, seed)
+    source, tokens = np.array([(i, len(sources[i].prompter.example(record).tokens)) for i, record in (order[k] for k in range(count))]).T
+    fits = tokens <= length
+    if not fits.any() and too_long == "drop":
+        raise UserError(f"none of the clips fits rows of {length} tokens (the shortest has {tokens.min()}); raise data.max_length")
+    kept = np.minimum(tokens, length) * (fits | (too_long == "cut"))
+    used = kept[kept > 0].tolist()
+    rows = sum(len(pack_rows(used[i : i + WINDOW], length)) for i in range(0, len(used), WINDOW)) if pack else len(used)
+    scale = draws / count
+    shares = np.bincount(source, kept, len(sources)) / kept.sum()
+    counts = (round(number * scale) for number in (len(used), (~fits).sum(), kept.sum(), rows))
+    return Fit(*counts, tuple(shares.tolist()), count == draws)
 
 
 def batches(
-    records: Sequence[Utterance],
-    prompter: Prompter,
+    sources: Sequence[Source],
     shape: BatchShape,
     *,
     seed: int,
@@ -77,46 +169,70 @@ def batches(
     pack: bool = True,
     too_long: Literal["drop", "cut"] = "drop",
     process: tuple[int, int] = (0, 1),
+    window: int = WINDOW,
 ) -> grain.IterDataset:
     """This host's part of every batch: a dataset of dicts of arrays [accumulation, rows of this host, length].
 
     `tokens` and `targets` int32 (targets are the next tokens), `loss_mask` bool (targets that count), `segment_ids` int32 (0 is
-    padding) and `positions` int32. With `repeat` it never ends and shuffles every epoch anew; without, it runs once in order, and
-    its last batch is filled with empty rows. `process` is (index, count) of this host.
+    padding) and `positions` int32. With `repeat` it never ends and mixes and shuffles; without, it runs once over every source in
+    order, and its last batch is filled with empty rows. `process` is (index, count) of this host; `window` is how many clips are packed
+    together.
     """
     index, count = process
     if shape.rows % count:
         raise UserError(f"train.rows={shape.rows} does not divide over {count} hosts; choose a multiple of {count}")
-    dataset = grain.MapDataset.source(records)
     if repeat:
-        dataset = dataset.shuffle(seed=seed).repeat()
-    # Split only after repeating: every host then has the same share of every epoch, to within one clip.
-    dataset = dataset[index::count].map(ToExample(prompter, shape.length, too_long)).filter(lambda example: example is not None)
-    lengths = dict.fromkeys(("tokens", "loss", "visible"), shape.length)
-    rows = grain.experimental.FirstFitPackIterDataset(
-        dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)),
-        length_struct=lengths,
-        num_packing_bins=OPEN_ROWS,
-        shuffle_bins=repeat,
-        seed=seed,
-        max_sequences_per_bin=None if pack else 1,
-    )
+        dataset = drawn(sources, seed)
+    else:
+        dataset = grain.MapDataset.concatenate([_tagged(i, grain.MapDataset.source(source.records)) for i, source in enumerate(sources)])
+    # Split only after mixing and repeating: every host then has the same share of every source and epoch, to within one clip.
+    dataset = dataset[index::count].map(ToExample(sources, shape.length, too_long)).filter(lambda example: example is not None)
+    clips = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
+    windows = clips.batch(window if pack else 1, drop_remainder=False, batch_fn=list)
     rows_here = shape.rows // count
-    return rows.map(_finish_row).batch(shape.accumulation * rows_here, drop_remainder=False, batch_fn=_Stack(shape.accumulation, rows_here))
+    rows = grain.experimental.FlatMapIterDataset(windows, _ToRows(shape.length))
+    return rows.batch(shape.accumulation * rows_here, drop_remainder=False, batch_fn=_Stack(shape.accumulation, rows_here))
 
 
-def _finish_row(row: dict) -> dict:
-    tokens, segment_ids = row["tokens"], row["tokens_segment_ids"]
-    last = np.zeros(1, bool)
-    return {
-        "tokens": tokens.astype(np.int32),
-        "targets": np.append(tokens[1:], 0).astype(np.int32),
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which of `lengths` go together into rows of `capacity`, as lists of indices: the longest first, each where it fits most tightly.
+
+    The rows come in the order of their longest clips' indices, which says nothing about how full they are.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # what is free in each row, and the row, in order
+    for clip in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(room, (lengths[clip], 0))
+        free, row = room.pop(at) if at < len(room) else (capacity, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(clip)
+        bisect.insort(room, (free - lengths[clip], row))
+    return sorted(rows, key=lambda row: row[0])
+
+
+class _ToRows(grain.experimental.FlatMapTransform):
+    """A window of examples to packed rows of `length`."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def flat_map(self, window: Sequence[Example]) -> list[dict]:
+        return [self._row([window[i] for i in row]) for row in pack_rows([len(example.tokens) for example in window], self._length)]
+
+    def _row(self, examples: Sequence[Example]) -> dict:
+        lengths = [len(example.tokens) for example in examples]
+        names = {"tokens": np.int32, "targets": np.int32, "loss_mask": bool, "segment_ids": np.int32, "positions": np.int32}
+        row = {name: np.zeros(self._length, dtype) for name, dtype in names.items()}
+        used = sum(lengths)
+        row["tokens"][:used] = np.concatenate([example.tokens for example in examples])
+        row["targets"][:-1] = row["tokens"][1:]
         # A conversation opens with tokens that carry no loss, so a clip's last token never learns the next clip's first.
-        "loss_mask": np.append(row["loss"][1:], last).astype(bool),
+        row["loss_mask"][: used - 1] = np.concatenate([example.loss for example in examples])[1:]
         # What nothing may attend to is put into the padding's segment; its position runs on.
-        "segment_ids": np.where(row["visible"].astype(bool), segment_ids, 0).astype(np.int32),
-        "positions": row["tokens_positions"].astype(np.int32),
-    }
+        row["segment_ids"][:used] = np.repeat(np.arange(1, len(examples) + 1), lengths) * np.concatenate([e.visible for e in examples])
+        row["positions"][:used] = np.concatenate([np.arange(length) for length in lengths])
+        return row
 
 
 class _Stack:

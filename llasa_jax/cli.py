@@ -11,6 +11,7 @@ from llasa_jax import __version__
 from llasa_jax.errors import UserError
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
+PREVIEW_HELP = "Show what the model will see: each record's tokens, with those that carry loss in colour."
 
 
 def _import_hf(args) -> None:
@@ -56,7 +57,7 @@ def _encode(args) -> None:
 
 
 def _train(args) -> None:
-    from llasa_jax.data.records import open_utterances
+    from llasa_jax.data.records import open_sources
     from llasa_jax.memory import out_of_memory_explained
     from llasa_jax.settings import parse_settings
     from llasa_jax.train import train
@@ -66,10 +67,8 @@ def _train(args) -> None:
         import jax
 
         jax.distributed.initialize()
-    records = open_utterances(settings.data.path, settings.data.train_split)
-    validation = open_utterances(settings.data.path, settings.data.validation_split) if settings.data.validation_split else None
     with out_of_memory_explained(settings):
-        train(settings, records, validation)
+        train(settings, *open_sources(settings.sources))
 
 
 def _plan(args) -> None:
@@ -104,6 +103,28 @@ def _plan(args) -> None:
             print(f"the smallest machine of its kind that fits one row a device: {smallest.topology if smallest else 'none that is known'}")
 
 
+def _preview(args) -> None:
+    parser = argparse.ArgumentParser(
+        prog="llasa-jax preview",
+        usage="llasa-jax preview --config FILE [--count N] [--json] [--setting.name=value ...]",
+        description=PREVIEW_HELP,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the recipe of a training run; its settings may be overridden")
+    parser.add_argument("--count", type=int, default=5, help="how many records, from the first of training (default 5)")
+    parser.add_argument("--json", action="store_true", help="a line a record, with id, input_ids and labels (-100 where no loss is)")
+    options, overrides = parser.parse_known_args(args.settings)
+    from llasa_jax.data.records import open_sources
+    from llasa_jax.preview import preview
+    from llasa_jax.settings import parse_settings
+
+    if options.count < 1:
+        raise UserError(f"--count is {options.count}; give a positive number")
+    settings = parse_settings([f"--config={options.config}", *overrides])
+    records, _ = open_sources(settings.sources)
+    preview(settings, records, options.count, as_json=options.json)
+
+
 def _generate(args) -> None:
     from llasa_jax.generate import generate
     from llasa_jax.sampling import SamplingSettings
@@ -124,6 +145,8 @@ def _generate(args) -> None:
         prompt_audio=args.prompt_audio,
         prompt_text=args.prompt_text,
         speaker=args.speaker,
+        description=args.description,
+        language=args.language,
         sampling=sampling,
         max_seconds=args.max_seconds,
         dtype=args.dtype,
@@ -187,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--search", action="store_true", help="find the most rows a device and the smallest machine of its kind")
     sub.add_argument("--json", action="store_true", help="print the plan for programs")
 
+    sub = command("preview", _preview, PREVIEW_HELP)
+    sub.add_argument("settings", nargs=argparse.REMAINDER, help="--config FILE, --count N, --json and any --setting.name=value")
+
     sub = command("generate", _generate, "Speak a text.")
     sub.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
     sub.add_argument("--text", required=True)
@@ -194,6 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--codec", default=DEFAULT_CODEC, help="an XCodec2 checkpoint in transformers' format: a hub id or a folder")
     sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that runs the codec")
     sub.add_argument("--speaker", default="", help="a speaker of the training data")
+    sub.add_argument("--description", default="", help="how to speak, where the model was trained with descriptions")
+    sub.add_argument("--language", default="", help="where the model was trained with named languages")
     sub.add_argument("--prompt-audio", type=Path, help="a voice to clone; needs --prompt-text")
     sub.add_argument("--prompt-text", help="what the prompt audio says")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token always")
@@ -211,10 +239,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # argparse would take a leading --config or --help of `train` for its own.
-    is_train = arguments[:1] == ["train"]
-    if is_train:
-        args = argparse.Namespace(run=_train, settings=arguments[1:])
+    # argparse would take a leading --config or --help of these commands for its own.
+    with_settings = {"train": _train, "preview": _preview}.get(next(iter(arguments), ""))
+    if with_settings:
+        args = argparse.Namespace(run=with_settings, settings=arguments[1:])
     else:
         parser = _parser()
         args, rest = parser.parse_known_args(arguments)

@@ -208,6 +208,7 @@ def generate(
     prompt_text: str | None = None,
     speaker: str = "",
     description: str = "",
+    language: str = "",
     sampling: SamplingSettings | None = None,
     max_seconds: float | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
@@ -226,10 +227,11 @@ def generate(
     wave = None if prompt_audio is None else read_audio(prompt_audio)
     graphdef, params, prompter, tokenizer = load(model, dtype, step, tensor)
     # Before the codec, which takes longer to load, in case the text is refused.
-    prompter.opening(text, speaker=speaker, description=description)
+    wanted = {"speaker": speaker, "description": description, "language": language}
+    prompter.opening(text, **wanted)
     voice = load_codec(codec, device)
     heard = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
-    prompt = prompter.opening(text, speaker=speaker, description=description, prompt_text=prompt_text or "", prompt_codes=heard)
+    prompt = prompter.opening(text, **wanted, prompt_text=prompt_text or "", prompt_codes=heard)
     limit = plausible_limit(text) if max_seconds is None else math.ceil(max_seconds * CODES_PER_SECOND)
     stop_ids = [prompter.vocab.speech_end] + ([] if sampling.speech_only else [tokenizer.convert_tokens_to_ids("<|eot_id|>")])
 

@@ -1,9 +1,9 @@
 """All settings of a training run, as a YAML file spells them. A recipe in `configs/` is the experiment; unknown keys are errors."""
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
@@ -31,12 +31,31 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """One dataset of a mixture: as `data.path` and its splits, with its share of the draws and, if need be, a prompt of its own.
+
+    `weight` is relative to the other sources' and counts records, not tokens. `prompt` replaces the run's as a whole. Where its task is
+    chat, `path` is a JSONL file of conversations, which is one split by itself.
+    """
+
+    path: str = ""
+    split: str = "train"
+    validation_split: str = ""
+    weight: float = 1.0
+    prompt: PromptSettings | None = None
+
+
+@dataclass(frozen=True)
 class DataSettings:
-    """`path`: a folder that `encode` made. Clips longer than a row of `max_length` tokens are dropped and counted, or cut."""
+    """`path`: a folder that `encode` made; or, for a mixture of several, `sources`. An epoch is one pass over the first of them.
+
+    Clips longer than a row of `max_length` tokens are dropped and counted, or cut. With `pack` a row holds as many clips as fit.
+    """
 
     path: str = ""
     train_split: str = "train"
     validation_split: str = ""
+    sources: list[SourceSettings] = field(default_factory=list)
     max_length: int = 2048
     too_long: Literal["drop", "cut"] = "drop"
     pack: bool = True
@@ -125,9 +144,22 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
     def __post_init__(self):
-        for name, value in {"out": self.out, "model.path": self.model.path, "data.path": self.data.path}.items():
+        paths = {"out": self.out, "model.path": self.model.path} | ({} if self.data.sources else {"data.path": self.data.path})
+        for name, value in paths.items():
             if not value:
                 raise UserError(f"{name} is not set; give it in the config or as --{name}=FOLDER")
+        if self.data.sources and (self.data.path or self.data.validation_split):
+            raise UserError("data.sources lists the datasets and their splits; leave data.path and data.validation_split out")
+        listed = []
+        for i, source in enumerate(self.data.sources):
+            if not source.path:
+                raise UserError(f"data.sources[{i}].path is not set; give each source one")
+            if not 0 < source.weight < float("inf"):
+                raise UserError(f"data.sources[{i}].weight is {source.weight}; give a number above 0, or leave {source.path} out")
+            listed.append(replace(source, prompt=source.prompt and source.prompt.filled(f"data.sources[{i}].prompt")))
+        # Prompts are written out, so that a run's settings.yaml shows its wording and a later default cannot change it.
+        object.__setattr__(self, "data", replace(self.data, sources=listed))
+        object.__setattr__(self, "prompt", self.prompt.filled())
         if self.data.max_length % self.model.loss_chunk:
             raise UserError(
                 f"model.loss_chunk={self.model.loss_chunk} does not divide data.max_length={self.data.max_length}; choose a divisor"
@@ -144,6 +176,13 @@ class Settings:
         if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
             raise UserError(f"set train.steps or train.epochs above 0 (they are {train.steps} and {train.epochs})")
 
+    @property
+    def sources(self) -> list[SourceSettings]:
+        """The datasets to train on, each with its prompt: `data.sources`, or the one at `data.path`."""
+        data = self.data
+        listed = data.sources or [SourceSettings(data.path, data.train_split, data.validation_split)]
+        return [replace(source, prompt=source.prompt or self.prompt) for source in listed]
+
 
 def parse_settings(arguments: list[str]) -> Settings:
     """Settings from `--config FILE` and `--any.setting=value`, the later winning. UserError on an unknown key or a bad value."""
@@ -158,7 +197,7 @@ def parse_settings(arguments: list[str]) -> Settings:
         if name == "config":
             _check_file(Path(value if equals else "".join(arguments[at + 1 : at + 2])), known)
         elif argument.startswith("--") and name not in ("help", "print_config"):
-            _check_key(name, "the command line", known)
+            _check_key(name.removesuffix("+"), "the command line", known)
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -172,8 +211,9 @@ def _keys(cls: type, prefix: str = "") -> set[str]:
     keys = set()
     for field_ in fields(cls):
         keys.add(prefix + field_.name)
-        if is_dataclass(field_.type):
-            keys |= _keys(field_.type, f"{prefix}{field_.name}.")
+        # A group of settings, or a list of them, or one that may be left out.
+        for group in filter(is_dataclass, (field_.type, *get_args(field_.type))):
+            keys |= _keys(group, f"{prefix}{field_.name}.")
     return keys
 
 
@@ -190,8 +230,9 @@ def _check_file(path: Path, known: set[str]) -> None:
     def check(tree: dict, prefix: str):
         for key, value in tree.items():
             _check_key(f"{prefix}{key}", str(path), known)
-            if isinstance(value, dict):
-                check(value, f"{prefix}{key}.")
+            for group in value if isinstance(value, list) else [value]:
+                if isinstance(group, dict):
+                    check(group, f"{prefix}{key}.")
 
     check(content, "")
 

@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from llasa_jax import model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
-from llasa_jax.batching import BatchShape, batches, measure
+from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.progress import Progress, say
-from llasa_jax.prompts import Prompter, Utterance
+from llasa_jax.prompts import Conversation, Prompter, Utterance
 from llasa_jax.samples import Samples
 from llasa_jax.settings import Settings
 from llasa_jax.sharding import make_mesh
@@ -26,47 +26,57 @@ from llasa_jax.throughput import Throughput
 from llasa_jax.train_step import TrainStep
 from llasa_jax.vocab import NUM_CODES
 
+Records = Sequence[Utterance] | Sequence[Conversation]
 
-def train(settings: Settings, records: Sequence[Utterance], validation: Sequence[Utterance] | None = None) -> Path:
+
+def train(settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = ()) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
-    Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk,
-    and on a loss that is no number.
+    `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. Ctrl-C and
+    SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk, and on a
+    loss that is no number.
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
     config, _ = model_folder.read_description(source)
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
-    prompter = Prompter(AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER), settings.prompt)
-    vocab = prompter.vocab
+    tokenizer = AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER)
+    prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
+    sources = [Source(*each) for each in zip(records, prompters, (each.weight for each in settings.sources), strict=True)]
+    checks = [Source(held_out, prompter) for held_out, prompter in zip(validation, prompters, strict=False) if held_out is not None]
+    vocab = prompters[0].vocab
     if vocab.size > config.vocab_size:
         raise UserError(f"the tokenizer in {source} has {vocab.size} tokens but the model only {config.vocab_size}; they are no pair")
     shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if shape.rows % row_devices:
         raise UserError(f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
-    if settings.train.keep_best and validation is None:
+    if settings.train.keep_best and not checks:
         raise UserError("train.keep_best needs a validation loss; name a split in data.validation_split, or leave it at 0")
-    fit = measure(records, prompter, shape.length)
-    clips = fit.clips + (fit.too_long if settings.data.too_long == "cut" else 0)
-    steps = settings.train.steps or max(1, ceil(settings.train.epochs * fit.tokens / shape.tokens))
-    about = "" if fit.exact else "about "
-    say(f"{about}{clips} clips, {about}{fit.tokens} tokens; {about}{fit.too_long} too long for {shape.length} ({settings.data.too_long})")
+    pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed}
+    fit = measure(sources, shape.length, **pipeline)
+    steps = settings.train.steps or max(1, ceil(settings.train.epochs * fit.rows / (shape.accumulation * shape.rows)))
+    about = "an epoch: " if fit.exact else "an epoch, about: "
+    say(
+        f"{about}{fit.clips} clips, {fit.tokens} tokens in {fit.rows} rows, {fit.tokens / (fit.rows * shape.length):.1%} full; "
+        f"{fit.too_long} too long for {shape.length} ({settings.data.too_long})"
+    )
+    if len(sources) > 1:
+        say("tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
     say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
-    samples = Samples(run, settings.log, prompter) if settings.log.samples else None
+    samples = Samples(run, settings.log, prompters[0]) if settings.log.samples else None
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids)
-    host = (jax.process_index(), jax.process_count())
-    pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed, "process": host}
+    pipeline["process"] = (jax.process_index(), jax.process_count())
 
     def validation_batches() -> Iterable[dict]:
-        return batches(validation, prompter, shape, **pipeline, repeat=False)
+        return batches(checks, shape, **pipeline, repeat=False)
 
     with run_folder.claimed(run, settings):
         # The state, new or gone back to
-        data = iter(batches(records, prompter, shape, **pipeline))
-        checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=len(records))
+        data = iter(batches(sources, shape, **pipeline))
+        checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)))
         restored = checkpoints.restore(step_functions.params, step_functions.opt_state, data)
         if restored:
             start, params, opt_state = restored
@@ -95,7 +105,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
                     progress.settle()
                 with throughput.pause():
                     for_best = save and settings.train.keep_best
-                    if validation is not None and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
+                    if checks and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
                         validation_loss = _validate(step, step_functions, params, validation_batches, metrics)
                     if save:
                         checkpoints.save(step, params, opt_state, data, validation_loss)

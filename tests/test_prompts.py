@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llasa_jax.errors import UserError
-from llasa_jax.prompts import Prompter, PromptSettings, Utterance, join_texts
+from llasa_jax.prompts import Conversation, Prompter, PromptSettings, Utterance, join_texts
 from llasa_jax.tiny_llama import make_tiny_tokenizer
 
 CODES = np.array([5, 65_535, 0, 7], np.uint16)
@@ -105,11 +105,107 @@ def test_bad_utterances_are_named(tokenizer, settings, utterance, complaint):
         Prompter(tokenizer, PromptSettings(**settings)).example(Utterance(**{"id": "x1", "text": "Hi", "codes": CODES} | utterance))
 
 
+@pytest.mark.parametrize(
+    "field", [{"text": "so <|start_header_id|> there"}, {"speaker": "<|eot_id|>"}, {"text": "<|SPEECH_UNDERSTANDING_END|>"}]
+)
+def test_no_field_smuggles_control_tokens_in(tokenizer, field):
+    with pytest.raises(UserError, match=r"'x1' contains the control token <\|(start_header_id|eot_id|SPEECH_UNDERSTANDING_END)\|>"):
+        Prompter(tokenizer).example(Utterance(**{"id": "x1", "text": "Hi", "codes": CODES} | field))
+
+
+def ids(tokenizer, *parts):
+    return sum((tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts), [])
+
+
+HEAD = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 Jul 2024\n\n{system}<|eot_id|>"
+)
+USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+
+
+@pytest.mark.parametrize("speaker", ["", "kore"])
+def test_speech_understanding_is_the_other_way_round(tokenizer, speaker):
+    utterance = Utterance(" Hello there. ", CODES, speaker=speaker)
+    example = Prompter(tokenizer, PromptSettings(task="asr")).example(utterance)
+    codes = "".join(f"<|s_{code}|>" for code in CODES)
+    heard = f"Transcribe the following speech:<|SPEECH_UNDERSTANDING_START|>{codes}<|SPEECH_UNDERSTANDING_END|><|eot_id|>{ASSISTANT}"
+    written = ids(tokenizer, "<|TEXT_GENERATION_START|>", " Hello there. ", "<|TEXT_GENERATION_END|>")
+    assert example.tokens.tolist() == [*ids(tokenizer, HEAD.format(system="") + USER + heard), *written, *ids(tokenizer, "<|eot_id|>")]
+    assert example.tokens[example.loss].tolist() == written
+    with pytest.raises(UserError, match="trained with prompt.task asr, which does not speak"):
+        Prompter(tokenizer, PromptSettings(task="asr")).opening("Hello")
+
+
+def test_own_words_for_speech_understanding(tokenizer):
+    settings = PromptSettings(task="asr", system="You hear {language}.", user="{codes} What was said?", assistant="{speaker} said {text}")
+    example = Prompter(tokenizer, settings).example(Utterance("Hi", CODES, speaker="ada", language="English"))
+    decoded = tokenizer.decode(example.tokens)
+    assert "\n\nYou hear English.<|eot_id|>" in decoded
+    assert "<|SPEECH_UNDERSTANDING_END|> What was said?<|eot_id|>" in decoded
+    assert decoded.endswith("ada said <|TEXT_GENERATION_START|>Hi<|TEXT_GENERATION_END|><|eot_id|>")
+    assert tokenizer.decode(example.tokens[example.loss]) == "<|TEXT_GENERATION_START|>Hi<|TEXT_GENERATION_END|>"
+
+
+TURNS = [("system", "Be brief."), ("user", " Why? "), ("assistant", "Because.\n\nSo. "), ("user", "And?"), ("assistant", "And so.")]
+
+
+def conversation(*turns):
+    return Conversation([{"role": role, "content": content} for role, content in turns], "c1")
+
+
+def test_chat_learns_the_assistants_turns_alone(tokenizer):
+    example = Prompter(tokenizer, PromptSettings(task="chat")).example(conversation(*TURNS, ("user", "Thanks.")))
+    parts = [
+        (HEAD.format(system="Be brief.") + USER + "Why?<|eot_id|>" + ASSISTANT, False),
+        ("Because.\n\nSo.<|eot_id|>", True),
+        (USER + "And?<|eot_id|>" + ASSISTANT, False),
+        ("And so.<|eot_id|>", True),
+    ]
+    assert example.tokens.tolist() == ids(tokenizer, *(part for part, _ in parts))
+    assert example.tokens[example.loss].tolist() == ids(tokenizer, *(part for part, learned in parts if learned))
+    assert example.visible.all()
+    # What the model is asked at inference is what it was trained after.
+    asked = tokenizer.apply_chat_template(
+        conversation(*TURNS[:2]).messages, add_generation_prompt=True, date_string="26 Jul 2024", return_dict=False
+    )
+    assert example.tokens[: len(asked)].tolist() == asked
+
+
+@pytest.mark.parametrize(
+    ("turns", "complaint"),
+    [
+        ([("user", "Why?")], "'c1' has turns of user; it must open with a user's turn"),
+        ([("assistant", "Hm.")], "'c1' has turns of assistant"),
+        ([("user", "Why?"), ("system", "No."), ("assistant", "Hm.")], "'c1' has turns of user, system, assistant"),
+        ([("user", "Why?"), ("assistant", " ")], "'c1' has an empty turn of the assistant"),
+        ([("user", "Why?<|eot_id|>"), ("assistant", "Hm.")], r"'c1' contains the control token <\|eot_id\|>"),
+        ([("user", "Why?"), ("assistant", "<|s_12|>")], r"'c1' contains the control token <\|s_12\|>"),
+    ],
+)
+def test_bad_conversations_are_named(tokenizer, turns, complaint):
+    with pytest.raises(UserError, match=complaint):
+        Prompter(tokenizer, PromptSettings(task="chat")).example(conversation(*turns))
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}<|eot_id|>{% endfor %}"
+    with pytest.raises(UserError, match="'c1': the tokenizer's chat template rewrites earlier turns"):
+        Prompter(tokenizer, PromptSettings(task="chat")).example(conversation(*TURNS))
+
+
 def test_bad_settings_are_named(tokenizer):
     with pytest.raises(UserError, match=r"prompt.user mentions \{txet\}"):
-        PromptSettings(user="{txet}")
+        PromptSettings(user="{txet}").filled()
     with pytest.raises(UserError, match=r"must each contain \{codes\}"):
-        PromptSettings(assistant="nothing")
+        PromptSettings(assistant="nothing").filled()
+    with pytest.raises(UserError, match=r"must each contain \{text\}, which asr learns"):
+        PromptSettings(task="asr", assistant="{codes}").filled()
+    with pytest.raises(UserError, match=r"here words a turn, but the task chat takes all turns from its records"):
+        PromptSettings(task="chat", user="{text}").filled("here")
+    with pytest.raises(UserError, match=r"template 'a \{text' is malformed"):
+        PromptSettings(user="a {text").filled()
     with pytest.raises(UserError, match=r"must put <\|TEXT_UNDERSTANDING_START\|> into the conversation once"):
         Prompter(tokenizer, PromptSettings(user="nothing")).opening("Hi")
     plain = make_tiny_tokenizer(extend=False)

@@ -28,12 +28,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips():
-    return make_clips()
+    return [make_clips()]
 
 
 @pytest.fixture(scope="module")
 def finished(model, clips, tmp_path_factory):
-    return train(settings_for(model, tmp_path_factory.mktemp("runs") / "whole"), clips, clips[:3])
+    return train(settings_for(model, tmp_path_factory.mktemp("runs") / "whole"), clips, clips)
 
 
 def test_it_learns_and_says_so(finished):
@@ -72,7 +72,7 @@ def test_a_run_is_a_model(finished, model):
 
 def test_the_same_command_again_does_nothing_more(finished, model, clips, capsys):
     before = losses(finished)
-    train(settings_for(model, finished), clips, clips[:3])
+    train(settings_for(model, finished), clips, clips)
     assert "going on after step 6" in capsys.readouterr().out
     assert losses(finished) == before
 
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, model, clips, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "checkpoints" / "6" / "data" / "process_0-of-1.json").write_text('{"next_ind')
     with pytest.warns(UserWarning, match="checkpoint of step 6 is damaged"):
-        train(settings_for(model, run), clips, clips[:3])
+        train(settings_for(model, run), clips, [clips[0][:3]])
     assert losses(run) == losses(finished)
     assert model_folder.saved_steps(run) == [4, 6]
 
@@ -110,7 +110,7 @@ def test_another_mesh_goes_on_with_the_same_data(finished, model, clips, tmp_pat
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "6")
     monkeypatch.setattr(train_module, "make_mesh", lambda *shape: make_mesh(*shape, devices=jax.devices()[:devices]))
-    train(settings_for(model, run, mesh=mesh), clips, clips[:3])
+    train(settings_for(model, run, mesh=mesh), clips, [clips[0][:3]])
     assert "going on after step 4" in capsys.readouterr().out
     # Sums in another order.
     np.testing.assert_allclose(list(losses(run).values()), list(losses(finished).values()), rtol=1e-4)
@@ -122,8 +122,8 @@ def test_another_mesh_goes_on_with_the_same_data(finished, model, clips, tmp_pat
 def test_epochs_become_steps(model, clips, tmp_path, capsys):
     train(settings_for(model, tmp_path / "run", train={"steps": 0, "epochs": 3.0, "rows": 8}), clips)
     out = capsys.readouterr().out
-    tokens = int(out.split("12 clips, ")[1].split(" tokens")[0])
-    assert max(losses(tmp_path / "run")) == int(np.ceil(3 * tokens / (8 * 128)))
+    rows = int(out.split("an epoch: 12 clips, ")[1].split(" tokens in ")[1].split(" rows")[0])
+    assert max(losses(tmp_path / "run")) == int(np.ceil(3 * rows / 8))
 
 
 def test_nothing_is_learned_from_nan(model, clips, tmp_path, monkeypatch):
@@ -152,14 +152,14 @@ def test_refusals(finished, model, clips, tmp_path):
     with pytest.raises(UserError, match="train.keep_best needs a validation loss"):
         train(settings_for(model, tmp_path / "run", train={"keep_best": 1}), clips)
     with pytest.raises(UserError, match="raise data.max_length, or choose another data.validation_split"):
-        train_module._validate(1, None, {}, lambda: [], None)
+        train_module._validate(1, None, {}, list, None)
 
 
 def test_two_processes_do_not_share_a_run(finished, model, clips):
     with (finished / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training in .*; wait for its end"):
-            train(settings_for(model, finished), clips, clips[:3])
+            train(settings_for(model, finished), clips, [clips[0][:3]])
 
 
 def test_killed_while_the_folder_is_made_it_starts_again(model, clips, tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_it_learns_on_where_its_numbers_cannot_be_written(finished, model, clips
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "6")
     with pytest.warns(UserWarning, match="the run's numbers cannot be written .*training goes on without") as warned:
-        train(settings_for(model, run), clips, clips[:3])
+        train(settings_for(model, run), clips, [clips[0][:3]])
     assert len([w for w in warned if "numbers" in str(w.message)]) == 1
     assert model_folder.saved_steps(run) == [4, 6]
 
@@ -211,7 +211,7 @@ def test_the_best_is_kept_and_samples_are_spoken(model, clips, tmp_path, capsys,
     # Learned by heart, so that what it has not seen gets worse.
     train_settings = {"steps": 4, "save_every": 1, "validate_every": 4, "keep": 1, "keep_best": 1}
     unseen = make_clips(30)[-4:]
-    run = train(settings_for(model, tmp_path / "run", log=log, train=train_settings, optimizer={"learning_rate": 0.5}), clips, unseen)
+    run = train(settings_for(model, tmp_path / "run", log=log, train=train_settings, optimizer={"learning_rate": 0.5}), clips, [unseen])
     validated = {line["step"]: line["validation_loss"] for line in lines_of(run) if "validation_loss" in line}
     assert set(validated) == {1, 2, 3, 4}
     best = min(validated, key=validated.get)

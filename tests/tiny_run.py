@@ -69,7 +69,7 @@ def main(model, out, event=None, word=None):
         sys.addaudithook(watch)
     settings = settings_for(model, out, mesh={"data": 1, "fsdp": -1, "tensor": 1}, train={"keep": 1})
     try:
-        train(settings, make_clips(), make_clips()[:3])
+        train(settings, [make_clips()], [make_clips()[:3]])
     except UserError as error:
         sys.exit(f"UserError: {error}")
 
