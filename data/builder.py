@@ -112,7 +112,7 @@ def checked_codes(codes) -> np.ndarray:
     if codes.ndim != 1 or codes.dtype.kind not in "iu":
         raise ValueError(f"codes of shape {codes.shape} and type {codes.dtype}, not a flat array of integers")
     low, high = int(codes.min()), int(codes.max())
-    if 0 <= low and high < NUM_CODES:
+    if low >= 0 and high < NUM_CODES:
         return codes.astype(np.uint16)
     if low >= NUM_CODES:
         raise ValueError(

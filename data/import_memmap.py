@@ -100,7 +100,10 @@ def _utterances(
 
 
 def parse_row(row: np.ndarray, vocab: SpeechVocab) -> tuple[np.ndarray, np.ndarray, bool]:
-    """A row, int (length,), to its text's ids, its codes, both int (n,), and whether it was cut. ValueError, saying what it has, for others."""
+    """A row, int (length,), to its text's ids and its codes, both int (n,), and whether it was cut.
+
+    ValueError, saying what the row has, where it is none of upstream's.
+    """
     places = {}
     for marker in (*TEXT_UNDERSTANDING, *SPEECH_GENERATION):
         found = np.flatnonzero(row == vocab.markers[marker])

@@ -55,6 +55,65 @@ def _encode(args) -> None:
     )
 
 
+def _import_memmap(args) -> None:
+    from llasa_jax.data.import_memmap import import_memmap
+
+    import_memmap(
+        args.source,
+        args.out,
+        _tokenizer(args.tokenizer),
+        codec_name=args.codec_name,
+        keep_cut=args.keep_cut,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _import_codes(args) -> None:
+    from llasa_jax.data.import_codes import import_codes
+
+    import_codes(
+        args.source,
+        args.transcripts,
+        args.out,
+        codec_name=args.codec_name,
+        code_offset=args.code_offset,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _import_hf_dataset(args) -> None:
+    from llasa_jax.data.import_hf_dataset import import_hf_dataset, parse_columns
+
+    import_hf_dataset(
+        args.source,
+        args.out,
+        parse_columns(args.columns),
+        args.codec,
+        device=args.device,
+        config=args.subset,
+        codec_name=args.codec_name,
+        code_offset=args.code_offset,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _tokenizer(name: str):
+    """The tokenizer of a hub id, a Hugging Face folder, or one of our models' or runs' folders."""
+    from transformers import AutoTokenizer
+
+    from llasa_jax.model_folder import HF_FOLDER
+
+    inside = Path(name) / HF_FOLDER
+    try:
+        return AutoTokenizer.from_pretrained(inside if inside.is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no tokenizer can be loaded from it ({str(error).splitlines()[0]}); give a folder or a hub id") from None
+
+
 def _train(args) -> None:
     from llasa_jax.data.records import open_utterances
     from llasa_jax.settings import parse_settings
@@ -140,6 +199,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-bad-share", type=float, default=0.05, help="fail if more than this share of the clips is unreadable")
     sub.add_argument("--batch-seconds", type=float, default=600.0, help="seconds of audio between two writes to the journal")
     sub.add_argument("--workers", type=int, default=4, help="threads that read audio")
+
+    def importing(name: str, run, help: str, source: str) -> argparse.ArgumentParser:
+        sub = command(name, run, help)
+        sub.add_argument("source", help=source)
+        if run is _import_codes:
+            sub.add_argument("transcripts", type=Path, help="lines of id|text, or a .jsonl file with id and text")
+        sub.add_argument("out", type=Path, help="a new folder for the dataset")
+        sub.add_argument("--codec-name", default="unknown", help="the codec that made the codes, to be recorded")
+        sub.add_argument("--max-bad-share", type=float, default=0.05, help="fail if more than this share of the rows cannot be used")
+        if run is not _import_memmap:
+            sub.add_argument("--code-offset", type=int, default=0, help="subtract this from every code: 128264 for Llasa's token ids")
+            sub.add_argument("--validation-share", type=float, default=0.0, help="share of the clips that becomes the split `validation`")
+            sub.add_argument("--seed", type=int, default=0, help="of the choice of validation clips")
+        return sub
+
+    sub = importing("import-memmap", _import_memmap, "Bring upstream's memmap files into our format.", "a folder of *_input_ids.memmap")
+    sub.add_argument("--tokenizer", default="HKUSTAudio/Llasa-1B", help="the tokenizer of the ids: a folder or a hub id")
+    sub.add_argument("--keep-cut", action="store_true", help="keep rows that were cut, which teach the model never to stop")
+    importing("import-codes", _import_codes, "Bring folders of ID.npy or ID.wav.npy codes into our format.", "the folder of the codes")
+    sub = importing("import-hf-dataset", _import_hf_dataset, "Bring a Hugging Face dataset into our format.", "a folder or a hub id")
+    sub.add_argument(
+        "--columns", required=True, help="codes=COLUMN or audio=COLUMN, text=COLUMN, and any of id, speaker, language, description"
+    )
+    sub.add_argument("--subset", help="the dataset's configuration, if it has several")
+    sub.add_argument("--codec", default=DEFAULT_CODEC, help="the codec that encodes a column of audio")
+    sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that encodes")
 
     sub = command("train", _train, "Finetune a model on records. `llasa-jax train --help` lists every setting.")
     sub.add_argument("settings", nargs=argparse.REMAINDER, help="--config FILE and any --setting.name=value")
