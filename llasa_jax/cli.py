@@ -115,6 +115,7 @@ def _tokenizer(name: str):
 
 
 def _train(args) -> None:
+    from llasa_jax.data.doctor import examine_before_training
     from llasa_jax.data.records import open_utterances
     from llasa_jax.settings import parse_settings
     from llasa_jax.train import train
@@ -126,7 +127,23 @@ def _train(args) -> None:
         jax.distributed.initialize()
     records = open_utterances(settings.data.path, settings.data.train_split)
     validation = open_utterances(settings.data.path, settings.data.validation_split) if settings.data.validation_split else None
+    examine_before_training(settings)
     train(settings, records, validation)
+
+
+def _doctor(args) -> int:
+    import json
+    from dataclasses import asdict
+
+    from llasa_jax.data.doctor import doctor
+    from llasa_jax.settings import parse_settings
+
+    findings = doctor(parse_settings(["--config", args.config, *args.settings]), args.codec, args.device, args.sample)
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
+    else:
+        print(*findings, sep="\n")
+    return int(any(finding.severity == "bad" for finding in findings))
 
 
 def _generate(args) -> None:
@@ -229,6 +246,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "Finetune a model on records. `llasa-jax train --help` lists every setting.")
     sub.add_argument("settings", nargs=argparse.REMAINDER, help="--config FILE and any --setting.name=value")
 
+    sub = command("doctor", _doctor, "Look for what would spoil a training run. Settings of `train` may follow as --setting.name=value.")
+    sub.add_argument("--config", required=True, help="the recipe that is to be trained")
+    sub.add_argument("--codec", help="examine this codec too: a hub id or a folder")
+    sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that runs the codec")
+    sub.add_argument("--sample", type=int, default=200_000, help="look at no more clips of a split than this")
+    sub.add_argument("--json", action="store_true", help="print the findings as JSON")
+
     sub = command("generate", _generate, "Speak a text.")
     sub.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
     sub.add_argument("--text", required=True)
@@ -251,24 +275,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user can mend."""
+    """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user can mend, 1 for bad findings."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # argparse would take a leading --config or --help of `train` for its own.
     is_train = arguments[:1] == ["train"]
-    args = argparse.Namespace(run=_train, settings=arguments[1:]) if is_train else _parser().parse_args(arguments)
+    if is_train:
+        args = argparse.Namespace(run=_train, settings=arguments[1:])
+    else:
+        parser = _parser()
+        args, args.settings = parser.parse_known_args(arguments)
+        if args.settings and args.run is not _doctor:
+            parser.error(f"unrecognized arguments: {' '.join(args.settings)}")
     warnings.showwarning = lambda message, *_, **__: print(f"llasa-jax: warning: {message}", file=sys.stderr)
     for chatty in ("absl", "orbax", "jax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"llasa-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("llasa-jax: interrupted; the same command goes on where work was saved", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

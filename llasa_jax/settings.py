@@ -30,7 +30,10 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`path`: a folder that `encode` made. Clips longer than a row of `max_length` tokens are dropped and counted, or cut."""
+    """`path`: a folder that `encode` made. Clips longer than a row of `max_length` tokens are dropped and counted, or cut.
+
+    `doctor`: what a bad finding of the quick look at the records before training does.
+    """
 
     path: str = ""
     train_split: str = "train"
@@ -38,6 +41,7 @@ class DataSettings:
     max_length: int = 2048
     too_long: Literal["drop", "cut"] = "drop"
     pack: bool = True
+    doctor: Literal["stop", "warn", "off"] = "stop"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from llasa_jax.train_step import TrainStep
 
 SETTINGS_FILE = "settings.yaml"
 # What may change between a run and its continuation: nothing that the optimizer or the order of the data depends on.
-MAY_CHANGE = ("out", "mesh", "log", "train.save_every", "train.keep", "train.validate_every", "model.remat", "model.loss_chunk")
+MAY_CHANGE = (
+    "out", "mesh", "log", "data.doctor", "train.save_every", "train.keep", "train.validate_every", "model.remat", "model.loss_chunk",
+)  # fmt: skip
 
 
 def train(settings: Settings, records: Sequence[Utterance], validation: Sequence[Utterance] | None = None) -> Path:
