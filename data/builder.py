@@ -161,6 +161,12 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
     return Records(tfds.builder_from_directory(folder).as_data_source(split))
 
 
+def split_sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """How many records each split has. Raises `UserError` if the folder is no such dataset."""
+    read_metadata(folder)
+    return {name: split.num_examples for name, split in tfds.builder_from_directory(folder).info.splits.items()}
+
+
 def read_metadata(folder: str | os.PathLike) -> dict:
     """The `metadata` that `write_dataset` was given. Raises `UserError` if the folder is no such dataset."""
     folder = Path(folder)

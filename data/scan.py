@@ -17,12 +17,14 @@ LOOKED_AT_ONCE = 1000
 class Scan:
     """Columns with one entry a record looked at, of `size` records in all.
 
-    `text_bytes`, `codes` and `distinct` are int (n,): the text's size in UTF-8, how many codes, how many different ones. `tokens`
-    int (n,) is the length of the whole example, -1 where the prompt refused the record; None where no tokenizer was given. `refused`
-    has (id, reason). `text_digests` and `code_digests` are equal where text and codes are. `usage`, int (65,536,), counts every code.
+    `indices`, int (n,), are the places of those records in the split. `text_bytes`, `codes` and `distinct` are int (n,): the
+    text's size in UTF-8, how many codes, how many different ones. `tokens`, int (n,), is the length of the whole example, -1 where the
+    prompt refused the record; None where no tokenizer was given. `refused` has (id, reason). `text_digests` and `code_digests` are
+    equal where text and codes are. `usage`, int (65,536,), counts every code.
     """
 
     size: int
+    indices: np.ndarray
     ids: list[str]
     speakers: list[str]
     languages: list[str]
@@ -50,7 +52,8 @@ def scan(records: Sequence[Utterance], sample: int, prompter: Prompter | None = 
     numbers = np.zeros((count, 4), np.int64)
     ids, speakers, languages, refused, text_digests, code_digests = [], [], [], [], [], []
     usage, waiting = np.zeros(NUM_CODES, np.int64), []
-    for row, index in enumerate(np.linspace(0, len(records) - 1, count, dtype=int)):
+    indices = np.linspace(0, len(records) - 1, count, dtype=int)
+    for row, index in enumerate(indices):
         utterance = records[int(index)]
         codes = np.asarray(utterance.codes)
         valid = codes[(codes >= 0) & (codes < NUM_CODES)].astype(np.uint16)
@@ -73,7 +76,7 @@ def scan(records: Sequence[Utterance], sample: int, prompter: Prompter | None = 
             waiting = []
     text_bytes, lengths, distinct, tokens = numbers.T
     return Scan(
-        len(records), ids, speakers, languages, text_bytes, lengths, distinct, None if prompter is None else tokens, refused,
+        len(records), indices, ids, speakers, languages, text_bytes, lengths, distinct, None if prompter is None else tokens, refused,
         text_digests, code_digests, usage,
     )  # fmt: skip
 

@@ -146,6 +146,14 @@ def _doctor(args) -> int:
     return int(any(finding.severity == "bad" for finding in findings))
 
 
+def _report(args) -> None:
+    from llasa_jax.data.report import report
+    from llasa_jax.prompts import Prompter
+
+    prompter = Prompter(_tokenizer(args.tokenizer)) if args.tokenizer else None
+    print(report(args.dataset, args.out, prompter, args.max_length, args.sample))
+
+
 def _generate(args) -> None:
     from llasa_jax.generate import generate
     from llasa_jax.sampling import SamplingSettings
@@ -252,6 +260,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that runs the codec")
     sub.add_argument("--sample", type=int, default=200_000, help="look at no more clips of a split than this")
     sub.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+    sub = command("report", _report, "Write a page of pictures about a dataset.")
+    sub.add_argument("dataset", type=Path, help="a folder that `encode` or an import made")
+    sub.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    sub.add_argument("--tokenizer", help="for lengths in tokens and packing: a model's folder, a tokenizer's, or a hub id")
+    sub.add_argument("--max-length", type=int, default=2048, help="tokens of a row, as data.max_length")
+    sub.add_argument("--sample", type=int, default=200_000, help="look at no more clips of a split than this")
 
     sub = command("generate", _generate, "Speak a text.")
     sub.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
