@@ -14,7 +14,7 @@ def number(value: float) -> str:
         if abs(value) >= size:
             scaled = value / (1e3 if suffix == "k" else size)
             return f"{scaled:.1f}".removesuffix(".0") + suffix
-    return f"{value:,.0f}" if value == round(value) or abs(value) >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 100 else f"{value:.3g}"
 
 
 def span(seconds: float) -> str:
@@ -59,9 +59,9 @@ def histogram(values: np.ndarray, unit: str, limit: float | None = None, limit_n
             wide, tall = x_of(high) - x_of(low) - 2, y_of(0) - y
             parts.append(f'<path class="mark" d="{_column(x, y, wide, tall)}">{title}</path>')
     median = float(np.median(values))
-    parts += _flag(x_of(median), top, height - bottom, f"median {number(round(median, 1))}", "note", width)
+    parts += _flag(x_of(median), top, height - bottom, f"median {number(round(median, 1))}", "note")
     if limit is not None and limit <= end:
-        parts += _flag(x_of(limit), top, height - bottom, limit_name, "alarm", width)
+        parts += _flag(x_of(limit), top, height - bottom, limit_name, "alarm", lower=16)
     return _svg(width, height, parts)
 
 
@@ -147,10 +147,11 @@ def _foot(ticks: Sequence[float], x_of, y: float, unit: str, right: float) -> li
     return [*labels, f'<text class="unit end" x="{right}" y="{y + 31}">{escape(unit)}</text>']
 
 
-def _flag(x: float, top: float, bottom: float, text: str, kind: str, width: float) -> list[str]:
-    side = "end" if x > 0.7 * width else ""
+def _flag(x: float, top: float, bottom: float, text: str, kind: str, lower: float = 0) -> list[str]:
+    """A line through a histogram with its name beside it, `lower` where another's name may stand."""
+    side, at = ("end", x - 6) if x > 350 else ("", x + 6)
     line = f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 14}" y2="{bottom}"/>'
-    return [line, f'<text class="{kind} {side}" x="{x - 6 if side else x + 6:.1f}" y="{top - 5}">{escape(text)}</text>']
+    return [line, f'<text class="{kind} {side}" x="{at:.1f}" y="{top - 5 + lower}">{escape(text)}</text>']
 
 
 def _shades(values: np.ndarray, left: float, top: float, wide: float, tall: float, gap: float) -> list[str]:

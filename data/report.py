@@ -38,13 +38,13 @@ p { margin: 0; color: var(--soft) }
 .under { margin: 6px 0 32px }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; margin-bottom: 14px }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 14px }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 20px 22px; min-width: 0 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 20px 22px; min-width: 0; overflow-x: auto }
 .card > p { margin-bottom: 14px; font-size: 13.5px }
 .wide { grid-column: 1 / -1 }
 .tile b { display: block; font-size: 28px; line-height: 1.2; font-weight: 650; letter-spacing: -.02em }
 .tile span { color: var(--soft); font-size: 13.5px }
 svg { display: block; width: 100%; height: auto; overflow: visible; font-size: 12px }
-svg text, svg .value { fill: var(--soft) }
+svg text { fill: var(--soft); paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round }
 svg .name { text-anchor: end; fill: var(--ink) }
 .mark { fill: var(--mark) }
 .pale { fill-opacity: .55 }
@@ -61,7 +61,7 @@ svg text.alarm { fill: var(--bad) }
 .odd { fill: var(--bad); fill-opacity: .75; stroke: var(--card) }
 .square { max-width: 400px; margin: 0 auto }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
-td, th { text-align: left; padding: 6px 14px 6px 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
+td, th { text-align: left; padding: 6px 14px 6px 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word }
 th { color: var(--soft); font-weight: 500; border: 0 }
 th, td.n { white-space: nowrap }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
@@ -203,9 +203,9 @@ def _packing(records: Sequence[Utterance], prompter: Prompter, max_length: int) 
     full, clips = (rows > 0).mean(), rows.max(1).sum()
     padded = (rows > 0).sum() / (clips * max_length)
     about = (
-        f"{full:.1%} of a row is speech and its prompt; with one clip a row it would be {padded:.1%}: {full / padded:.1f} times the work."
+        f"Each block is a clip. Rows are {full:.1%} full; padded, with one clip a row, {padded:.1%}: {full / padded:.1f} times the work."
     )
-    return _card("Packed for training", about + " Each block is a clip.", pictures.packed_rows(rows[:ROWS_DRAWN]), True)
+    return _card("Packed for training", about, pictures.packed_rows(rows[:ROWS_DRAWN]), True)
 
 
 def _pairs(records: dict[str, Sequence[Utterance]], scans: dict[str, Scan]) -> list[str]:
@@ -264,7 +264,7 @@ def _repeats(scans: dict[str, Scan]) -> str:
         where = ", ".join(sorted({splits[at][0] for at, _ in group}))
         ids = escape(", ".join(splits[at][1].ids[row] for at, row in group[:4])) + (" …" if len(group) > 4 else "")
         rows.append((str(len(group)), str(texts), where, ids))
-    about = f"{len(groups):,} groups of clips have the very same codes."
+    about = f"{len(groups):,} group{'s' if len(groups) > 1 else ''} of clips have the very same codes."
     return _card("Duplicates", about, _table(("Clips", "Texts", "In", "Which"), rows, (0, 1)))
 
 
@@ -281,5 +281,5 @@ def _dropped(path: Path) -> str:
         (f"{len(ids):,}", escape(reason) + (" (kept)" if kept else ""), escape(", ".join(ids[:3])) + (" …" if len(ids) > 3 else ""))
         for (reason, kept), ids in sorted(groups.items(), key=lambda item: -len(item[1]))[:MOST_LISTED]
     ]
-    about = f"{sum(not line.get('kept', False) for line in lines):,} clips, when the dataset was made; {escape(path.name)} has each."
+    about = f"{sum(not line.get('kept', False) for line in lines):,} clips, when the dataset was made; {escape(path.name)} names them."
     return _card("Left out", about, _table(("Clips", "Reason", "For example"), rows, (0,)))

@@ -115,6 +115,7 @@ def _tokenizer(name: str):
 
 
 def _train(args) -> None:
+    from llasa_jax.data.builder import read_metadata
     from llasa_jax.data.doctor import examine_before_training
     from llasa_jax.data.records import open_utterances
     from llasa_jax.settings import parse_settings
@@ -128,7 +129,8 @@ def _train(args) -> None:
     records = open_utterances(settings.data.path, settings.data.train_split)
     validation = open_utterances(settings.data.path, settings.data.validation_split) if settings.data.validation_split else None
     examine_before_training(settings)
-    train(settings, records, validation)
+    metadata = read_metadata(settings.data.path)
+    train(settings, records, validation, {name: metadata[name] for name in ("codec", "fingerprint") if name in metadata})
 
 
 def _doctor(args) -> int:

@@ -31,8 +31,12 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def train(settings: Settings, records: Sequence[Utterance], validation: Sequence[Utterance] | None = None) -> Path:
+def train(
+    settings: Settings, records: Sequence[Utterance], validation: Sequence[Utterance] | None = None, codec: dict[str, str] | None = None
+) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
+
+    `codec`, the `codec` and `fingerprint` of what made the records' codes, is kept with the run.
 
     Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work.
     """
@@ -57,7 +61,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     _say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
 
     # The run's folder, new or gone back to
-    _prepare(run, source, settings, origin)
+    _prepare(run, source, settings, {**origin, "codec": codec} if codec else origin)
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh)
     schedule = learning_rate_schedule(settings.optimizer, steps)
     host = (jax.process_index(), jax.process_count())
