@@ -84,8 +84,8 @@ def write_dataset(out: str | os.PathLike, splits: dict[str, Iterable[dict]], met
             if "No examples" not in str(error):
                 raise
             raise UserError(f"{out}: not written, a split has no examples; leave it out of {', '.join(splits)}.") from error
-        except ModuleNotFoundError as error:
-            # TFDS needs TensorFlow to say which two.
+        except Exception as error:
+            # To say which two, TFDS needs TensorFlow, and fails anew without.
             cause = error
             while cause and not isinstance(cause, DuplicatedKeysError):
                 cause = cause.__cause__ or cause.__context__
@@ -128,10 +128,13 @@ def check_new(out: Path) -> None:
 
 
 class Records:
-    """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a uint16 array. Picklable."""
+    """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a uint16 array. Picklable.
 
-    def __init__(self, source):
-        self._source = source
+    Reading raises `UserError`, naming the split as `name`, where a file is damaged.
+    """
+
+    def __init__(self, source, name: str):
+        self._source, self._name = source, name
 
     def __len__(self) -> int:
         return len(self._source)
@@ -139,7 +142,13 @@ class Records:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        example = self._source[index]
+        try:
+            example, damage = self._source[index], ""
+        except RuntimeError as error:
+            example, damage = {}, f" ({error})"
+        # A file that was cut short may also give records without fields.
+        if any(example.get(name) is None for name in ("codes", *_TEXTS)):
+            raise UserError(f"{self._name}: record {index} cannot be read, its file is damaged{damage}; copy the folder again.")
         return {"codes": example["codes"], **{key: example[key].decode() for key in _TEXTS}}
 
 
@@ -158,7 +167,7 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
         raise UserError(f"{folder}: the split {split!r} lacks {Path(missing[0]).name}; copy the whole folder again.")
     if not info.splits[split].num_examples:
         raise UserError(f"{folder}: the split {split!r} is empty; leave it out of the settings, or make the dataset again.")
-    return Records(tfds.builder_from_directory(folder).as_data_source(split))
+    return Records(tfds.builder_from_directory(folder).as_data_source(split), f"{folder}, split {split!r}")
 
 
 def split_sizes(folder: str | os.PathLike) -> dict[str, int]:
