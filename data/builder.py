@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.shuffle import DuplicatedKeysError
 
 from llasa_jax.errors import UserError
+from llasa_jax.vocab import NUM_CODES
 
 _TEXTS = ("id", "text", "speaker", "description", "language")
 
@@ -54,7 +56,10 @@ class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, examples):
         for example in examples:
-            yield example["id"], example
+            try:
+                yield example["id"], {**example, "text": checked_text(example["text"]), "codes": checked_codes(example["codes"])}
+            except ValueError as error:
+                raise UserError(f"the record {example['id']!r} has {error}; mend it or leave it out.") from None
 
 
 def write_dataset(out: str | os.PathLike, splits: dict[str, Iterable[dict]], metadata: dict) -> None:
@@ -62,7 +67,8 @@ def write_dataset(out: str | os.PathLike, splits: dict[str, Iterable[dict]], met
 
     `splits` gives each split's examples, streamed: memory holds at most TFDS's shuffle buffer (1 GB; it orders records by
     the hash of their id). `metadata` is a flat dict, kept in metadata.json: codec, fingerprint, hop, sample_rate. Everything is
-    written to `<out>.building` and renamed at the end. Raises `UserError` if `out` is there already or a split is empty.
+    written to `<out>.building` and renamed at the end. Raises `UserError` if `out` is there already, a split is empty, two records
+    of a split share an id, or a record has no text, no codes, or codes outside 0..65,535.
     """
     out = Path(out)
     check_new(out)
@@ -78,9 +84,41 @@ def write_dataset(out: str | os.PathLike, splits: dict[str, Iterable[dict]], met
             if "No examples" not in str(error):
                 raise
             raise UserError(f"{out}: not written, a split has no examples; leave it out of {', '.join(splits)}.") from error
+        except Exception as error:
+            # To say which two, TFDS needs TensorFlow, and fails anew without.
+            cause = error
+            while cause and not isinstance(cause, DuplicatedKeysError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise UserError(f"{out}: not written, two records of one split share an id; give each its own.") from error
         os.rename(builder.data_path, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def checked_text(text: str) -> str:
+    """The text as it is. ValueError, saying what the record has instead, if it is none or blank."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("no text")
+    return text
+
+
+def checked_codes(codes) -> np.ndarray:
+    """Codes, integers (frames,), as uint16. ValueError, saying what the record has instead, where they are no codes of XCodec2."""
+    codes = np.asarray(codes)
+    if codes.size == 0:
+        raise ValueError("no codes")
+    if codes.ndim != 1 or codes.dtype.kind not in "iu":
+        raise ValueError(f"codes of shape {codes.shape} and type {codes.dtype}, not a flat array of integers")
+    low, high = int(codes.min()), int(codes.max())
+    if low >= 0 and high < NUM_CODES:
+        return codes.astype(np.uint16)
+    if low >= NUM_CODES:
+        raise ValueError(
+            f"codes from {low} to {high}, which look like token ids: subtract the id of <|s_0|> (128264 in Llasa's own vocabulary)"
+        )
+    raise ValueError(f"codes from {low} to {high}, outside 0..{NUM_CODES - 1}")
 
 
 def check_new(out: Path) -> None:
@@ -90,10 +128,13 @@ def check_new(out: Path) -> None:
 
 
 class Records:
-    """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a uint16 array. Picklable."""
+    """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a uint16 array. Picklable.
 
-    def __init__(self, source):
-        self._source = source
+    Reading raises `UserError`, naming the split as `name`, where a file is damaged.
+    """
+
+    def __init__(self, source, name: str):
+        self._source, self._name = source, name
 
     def __len__(self) -> int:
         return len(self._source)
@@ -101,14 +142,20 @@ class Records:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        example = self._source[index]
+        try:
+            example, damage = self._source[index], ""
+        except RuntimeError as error:
+            example, damage = {}, f" ({error})"
+        # A file that was cut short may also give records without fields.
+        if any(example.get(name) is None for name in ("codes", *_TEXTS)):
+            raise UserError(f"{self._name}: record {index} cannot be read, its file is damaged{damage}; copy the folder again.")
         return {"codes": example["codes"], **{key: example[key].decode() for key in _TEXTS}}
 
 
 def open_dataset(folder: str | os.PathLike, split: str) -> Records:
     """Opens one split of a dataset that `write_dataset` made.
 
-    Raises `UserError` if the folder is no such dataset, has no such split, or lacks one of the split's files.
+    Raises `UserError` if the folder is no such dataset, has no such split, or the split is empty or lacks one of its files.
     """
     folder = Path(folder)
     read_metadata(folder)
@@ -118,7 +165,15 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
     missing = [str(path) for path in info.splits[split].filepaths if not Path(path).is_file()]
     if missing:
         raise UserError(f"{folder}: the split {split!r} lacks {Path(missing[0]).name}; copy the whole folder again.")
-    return Records(tfds.builder_from_directory(folder).as_data_source(split))
+    if not info.splits[split].num_examples:
+        raise UserError(f"{folder}: the split {split!r} is empty; leave it out of the settings, or make the dataset again.")
+    return Records(tfds.builder_from_directory(folder).as_data_source(split), f"{folder}, split {split!r}")
+
+
+def split_sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """How many records each split has. Raises `UserError` if the folder is no such dataset."""
+    read_metadata(folder)
+    return {name: split.num_examples for name, split in tfds.builder_from_directory(folder).info.splits.items()}
 
 
 def read_metadata(folder: str | os.PathLike) -> dict:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from llasa_jax.errors import UserError
@@ -37,7 +38,26 @@ def read_manifest(path: str | os.PathLike) -> list[Clip]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such manifest; give a .jsonl file, or LJSpeech's metadata.csv.")
-    parse = _parse_ljspeech if path.suffix.lower() == ".csv" else _parse_json
+    return _read(path, _parse_ljspeech if path.suffix.lower() == ".csv" else _parse_json)
+
+
+def read_transcripts(path: str | os.PathLike) -> list[Clip]:
+    """Reads texts of clips that are encoded already: `id|text` or `id|text|normalised text` lines, or JSONL where the name ends so.
+
+    A JSONL line is a manifest's, but `id` alone will do in place of `audio`. Raises `UserError` as `read_manifest` does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of transcripts; give `id|text` lines, or a .jsonl file.")
+
+    def parse_json(where: str, line: str) -> dict:
+        row = _parse_json(where, line)
+        return {"audio": row.get("id", ""), **row}
+
+    return _read(path, parse_json if path.suffix.lower() in (".jsonl", ".json") else _parse_ljspeech)
+
+
+def _read(path: Path, parse: Callable[[str, str], dict]) -> list[Clip]:
     rows = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from llasa_jax.data.builder import Records, open_dataset
+from llasa_jax.data.builder import Records, open_dataset, read_metadata
 from llasa_jax.data.conversations import Conversations
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import Utterance
@@ -33,6 +33,19 @@ def open_sources(sources: Sequence[SourceSettings]) -> tuple[list[Sequence], lis
     return [_open(source, source.split) for source in sources], [
         _open(source, source.validation_split) if source.validation_split else None for source in sources
     ]
+
+
+def codec_of(sources: Sequence[SourceSettings]) -> dict[str, str]:
+    """The `codec` and `fingerprint` that all speech sources name, {} where none does. UserError where they were made by different codecs."""
+    known: dict[str, tuple[str, dict]] = {}
+    for source in sources:
+        metadata = read_metadata(source.path) if source.prompt.task != "chat" else {}
+        if metadata.get("fingerprint", "unknown") != "unknown":
+            known.setdefault(metadata["fingerprint"], (source.path, {name: metadata[name] for name in ("codec", "fingerprint")}))
+    if len(known) > 1:
+        (one, its), (other, others), *_ = known.values()
+        raise UserError(f"{one} holds codes of {its['codec']} and {other} of {others['codec']}; encode both with the same codec")
+    return next((codec for _, codec in known.values()), {})
 
 
 def _open(source: SourceSettings, split: str) -> Sequence:

@@ -56,8 +56,68 @@ def _encode(args) -> None:
     )
 
 
+def _import_memmap(args) -> None:
+    from llasa_jax.data.import_memmap import import_memmap
+
+    import_memmap(
+        args.source,
+        args.out,
+        _tokenizer(args.tokenizer),
+        codec_name=args.codec_name,
+        keep_cut=args.keep_cut,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _import_codes(args) -> None:
+    from llasa_jax.data.import_codes import import_codes
+
+    import_codes(
+        args.source,
+        args.transcripts,
+        args.out,
+        codec_name=args.codec_name,
+        code_offset=args.code_offset,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _import_hf_dataset(args) -> None:
+    from llasa_jax.data.import_hf_dataset import import_hf_dataset, parse_columns
+
+    import_hf_dataset(
+        args.source,
+        args.out,
+        parse_columns(args.columns),
+        args.codec,
+        device=args.device,
+        config=args.subset,
+        codec_name=args.codec_name,
+        code_offset=args.code_offset,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def _tokenizer(name: str):
+    """The tokenizer of a hub id, a Hugging Face folder, or one of our models' or runs' folders."""
+    from transformers import AutoTokenizer
+
+    from llasa_jax.model_folder import HF_FOLDER
+
+    inside = Path(name) / HF_FOLDER
+    try:
+        return AutoTokenizer.from_pretrained(inside if inside.is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: no tokenizer can be loaded from it ({str(error).splitlines()[0]}); give a folder or a hub id") from None
+
+
 def _train(args) -> None:
-    from llasa_jax.data.records import open_sources
+    from llasa_jax.data.doctor import examine_before_training
+    from llasa_jax.data.records import codec_of, open_sources
     from llasa_jax.memory import out_of_memory_explained
     from llasa_jax.settings import parse_settings
     from llasa_jax.train import train
@@ -67,8 +127,11 @@ def _train(args) -> None:
         import jax
 
         jax.distributed.initialize()
+    records, validation = open_sources(settings.sources)
+    codec = codec_of(settings.sources)
+    examine_before_training(settings)
     with out_of_memory_explained(settings):
-        train(settings, *open_sources(settings.sources))
+        train(settings, records, validation, codec)
 
 
 def _plan(args) -> None:
@@ -123,6 +186,29 @@ def _preview(args) -> None:
     settings = parse_settings([f"--config={options.config}", *overrides])
     records, _ = open_sources(settings.sources)
     preview(settings, records, options.count, as_json=options.json)
+
+
+def _doctor(args) -> int:
+    import json
+    from dataclasses import asdict
+
+    from llasa_jax.data.doctor import doctor
+    from llasa_jax.settings import parse_settings
+
+    findings = doctor(parse_settings(["--config", args.config, *args.settings]), args.codec, args.device, args.sample)
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
+    else:
+        print(*findings, sep="\n")
+    return int(any(finding.severity == "bad" for finding in findings))
+
+
+def _report(args) -> None:
+    from llasa_jax.data.report import report
+    from llasa_jax.prompts import Prompter
+
+    prompter = Prompter(_tokenizer(args.tokenizer)) if args.tokenizer else None
+    print(report(args.dataset, args.out, prompter, args.max_length, args.sample))
 
 
 def _generate(args) -> None:
@@ -198,6 +284,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-seconds", type=float, default=600.0, help="seconds of audio between two writes to the journal")
     sub.add_argument("--workers", type=int, default=4, help="threads that read audio")
 
+    def importing(name: str, run, help: str, source: str) -> argparse.ArgumentParser:
+        sub = command(name, run, help)
+        sub.add_argument("source", help=source)
+        if run is _import_codes:
+            sub.add_argument("transcripts", type=Path, help="lines of id|text, or a .jsonl file with id and text")
+        sub.add_argument("out", type=Path, help="a new folder for the dataset")
+        sub.add_argument("--codec-name", default="unknown", help="the codec that made the codes, to be recorded")
+        sub.add_argument("--max-bad-share", type=float, default=0.05, help="fail if more than this share of the rows cannot be used")
+        if run is not _import_memmap:
+            sub.add_argument("--code-offset", type=int, default=0, help="subtract this from every code: 128264 for Llasa's token ids")
+            sub.add_argument("--validation-share", type=float, default=0.0, help="share of the clips that becomes the split `validation`")
+            sub.add_argument("--seed", type=int, default=0, help="of the choice of validation clips")
+        return sub
+
+    sub = importing("import-memmap", _import_memmap, "Bring upstream's memmap files into our format.", "a folder of *_input_ids.memmap")
+    sub.add_argument("--tokenizer", default="HKUSTAudio/Llasa-1B", help="the tokenizer of the ids: a folder or a hub id")
+    sub.add_argument("--keep-cut", action="store_true", help="keep rows that were cut, which teach the model never to stop")
+    importing("import-codes", _import_codes, "Bring folders of ID.npy or ID.wav.npy codes into our format.", "the folder of the codes")
+    sub = importing("import-hf-dataset", _import_hf_dataset, "Bring a Hugging Face dataset into our format.", "a folder or a hub id")
+    sub.add_argument(
+        "--columns", required=True, help="codes=COLUMN or audio=COLUMN, text=COLUMN, and any of id, speaker, language, description"
+    )
+    sub.add_argument("--subset", help="the dataset's configuration, if it has several")
+    sub.add_argument("--codec", default=DEFAULT_CODEC, help="the codec that encodes a column of audio")
+    sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that encodes")
+
     sub = command("train", _train, "Finetune a model on records. `llasa-jax train --help` lists every setting.")
     sub.add_argument("settings", nargs=argparse.REMAINDER, help="--config FILE and any --setting.name=value")
 
@@ -212,6 +324,20 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("preview", _preview, PREVIEW_HELP)
     sub.add_argument("settings", nargs=argparse.REMAINDER, help="--config FILE, --count N, --json and any --setting.name=value")
+
+    sub = command("doctor", _doctor, "Look for what would spoil a training run. Settings of `train` may follow as --setting.name=value.")
+    sub.add_argument("--config", required=True, help="the recipe that is to be trained")
+    sub.add_argument("--codec", help="examine this codec too: a hub id or a folder")
+    sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that runs the codec")
+    sub.add_argument("--sample", type=int, default=200_000, help="look at no more clips of a split than this")
+    sub.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+    sub = command("report", _report, "Write a page of pictures about a dataset.")
+    sub.add_argument("dataset", type=Path, help="a folder that `encode` or an import made")
+    sub.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    sub.add_argument("--tokenizer", help="for lengths in tokens and packing: a model's folder, a tokenizer's, or a hub id")
+    sub.add_argument("--max-length", type=int, default=2048, help="tokens of a row, as data.max_length")
+    sub.add_argument("--sample", type=int, default=200_000, help="look at no more clips of a split than this")
 
     sub = command("generate", _generate, "Speak a text.")
     sub.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
@@ -237,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user can mend."""
+    """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user can mend, 1 for bad findings."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # argparse would take a leading --config or --help of these commands for its own.
     with_settings = {"train": _train, "preview": _preview}.get(next(iter(arguments), ""))
@@ -246,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         parser = _parser()
         args, rest = parser.parse_known_args(arguments)
-        if rest and args.run is not _plan:
+        if rest and args.run not in (_plan, _doctor):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.settings = rest
     warnings.showwarning = lambda message, *_, **__: print(f"llasa-jax: warning: {message}", file=sys.stderr)
@@ -254,14 +380,13 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"llasa-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("llasa-jax: interrupted; the same command goes on where work was saved", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

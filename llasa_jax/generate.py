@@ -20,7 +20,7 @@ import soundfile
 from flax import nnx
 
 from llasa_jax.audio import read_audio, write_audio
-from llasa_jax.codec import DEFAULT_CODEC, load_codec
+from llasa_jax.codec import DEFAULT_CODEC, Codec, load_codec
 from llasa_jax.errors import UserError
 from llasa_jax.model import Cache, Llama
 from llasa_jax.model_folder import HF_FOLDER, load_params, read_description
@@ -230,6 +230,7 @@ def generate(
     wanted = {"speaker": speaker, "description": description, "language": language}
     prompter.opening(text, **wanted)
     voice = load_codec(codec, device)
+    _check_codec(model, voice)
     heard = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
     prompt = prompter.opening(text, **wanted, prompt_text=prompt_text or "", prompt_codes=heard)
     limit = plausible_limit(text) if max_seconds is None else math.ceil(max_seconds * CODES_PER_SECOND)
@@ -255,6 +256,17 @@ def generate(
         f"{len(result.codes)} codes in {took:.1f} s ({len(result.codes) / took:.0f} a second, compilation included)"
     )
     return result
+
+
+def _check_codec(model: Path, voice: Codec) -> None:
+    """Whether `voice` means by a code what the model's training data meant, where the model knows."""
+    _, source = read_description(model)
+    trained = source.get("codec", {})
+    if trained.get("fingerprint", "unknown") not in ("unknown", voice.fingerprint):
+        raise UserError(
+            f"{model} was trained on codes of {trained['codec']} ({trained['fingerprint']}), but {voice.name} is another codec "
+            f"({voice.fingerprint}) and would make noise of them; give --codec {trained['codec']}"
+        )
 
 
 def _check_request(out: Path, prompt_audio: Path | None, prompt_text: str | None, max_seconds: float | None) -> None:

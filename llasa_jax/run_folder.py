@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "out",
     "mesh",
     "log",
+    "data.doctor",
     "train.save_every",
     "train.keep",
     "train.validate_every",
@@ -31,9 +32,10 @@ MAY_CHANGE = (
 
 
 @contextmanager
-def claimed(run: Path, settings: Settings) -> Iterator[None]:
+def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None) -> Iterator[None]:
     """Makes the run's folder, or makes sure that what lies there is this very run, and holds it against other processes.
 
+    `codec` says what made the training codes: it is kept in `model.json`, beside the prompt of the first source, for generation.
     UserError where another process trains there, where the folder holds something else, and (at any time inside) where its disk is full.
     """
     try:
@@ -49,7 +51,8 @@ def claimed(run: Path, settings: Settings) -> Iterator[None]:
             source = Path(settings.model.path)
             config, origin = model_folder.read_description(source)
             model_folder.copy_description(source, run)
-            model_folder.write_description(run, config, {**origin, "prompt": wanted["prompt"]})
+            kept = {"prompt": dataclasses.asdict(settings.sources[0].prompt)} | ({"codec": codec} if codec else {})
+            model_folder.write_description(run, config, origin | kept)
             yield
     except OSError as error:
         if not is_full(error):

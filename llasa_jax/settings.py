@@ -50,6 +50,7 @@ class DataSettings:
     """`path`: a folder that `encode` made; or, for a mixture of several, `sources`. An epoch is one pass over the first of them.
 
     Clips longer than a row of `max_length` tokens are dropped and counted, or cut. With `pack` a row holds as many clips as fit.
+    `doctor`: what a bad finding of the quick look at the records before training does.
     """
 
     path: str = ""
@@ -59,6 +60,7 @@ class DataSettings:
     max_length: int = 2048
     too_long: Literal["drop", "cut"] = "drop"
     pack: bool = True
+    doctor: Literal["stop", "warn", "off"] = "stop"
 
 
 @dataclass(frozen=True)

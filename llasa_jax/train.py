@@ -29,12 +29,14 @@ from llasa_jax.vocab import NUM_CODES
 Records = Sequence[Utterance] | Sequence[Conversation]
 
 
-def train(settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = ()) -> Path:
+def train(
+    settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = (), codec: dict[str, str] | None = None
+) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
-    `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. Ctrl-C and
-    SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk, and on a
-    loss that is no number.
+    `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. `codec`, the
+    `codec` and `fingerprint` of what made their codes, is kept with the run. Ctrl-C and SIGTERM save a checkpoint and stop with status
+    130 or 143. Raises UserError on settings that cannot work, on a full disk, and on a loss that is no number.
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
@@ -73,7 +75,7 @@ def train(settings: Settings, records: Sequence[Records], validation: Sequence[R
     def validation_batches() -> Iterable[dict]:
         return batches(checks, shape, **pipeline, repeat=False)
 
-    with run_folder.claimed(run, settings):
+    with run_folder.claimed(run, settings, codec):
         # The state, new or gone back to
         data = iter(batches(sources, shape, **pipeline))
         checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)))

@@ -282,6 +282,39 @@ def test_a_dataset_that_is_none_has_no_such_split_or_lost_a_file(dataset, tmp_pa
         read_metadata(tmp_path / "d")
 
 
+def test_damaged_files_and_an_empty_split(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    (shard,) = (tmp_path / "d").glob("*-train.*")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"split 'train': record 3 cannot be read, its file is damaged.*; copy the folder again"):
+        open_dataset(tmp_path / "d", "train")[3]
+    info = json.loads((tmp_path / "d/dataset_info.json").read_text())
+    for split in info["splits"]:
+        split |= {"shardLengths": ["0"], "numBytes": "0"} if split["name"] == "test" else {}
+    (tmp_path / "d/dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="the split 'test' is empty"):
+        open_dataset(tmp_path / "d", "test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"text": " \n"}, "'b' has no text"),
+        ({"codes": np.zeros(0, np.uint16)}, "'b' has no codes"),
+        ({"codes": np.array([3, 65_536])}, "'b' has codes from 3 to 65536, outside 0..65535"),
+        ({"codes": np.array([-1, 3])}, "'b' has codes from -1 to 3, outside"),
+        ({"codes": np.array([128_264, 193_799])}, r"'b' has codes from 128264 to 193799, which look like token ids: subtract"),
+        ({"codes": np.ones((1, 3), int)}, r"'b' has codes of shape \(1, 3\)"),
+        ({"codes": np.array([1.0])}, "'b' has codes of .* type float64"),
+        ({"id": "a"}, "share an id"),
+    ],
+)
+def test_records_that_nothing_can_be_learned_from(tmp_path, fields, words):
+    with pytest.raises(UserError, match=words):
+        write_dataset(tmp_path / "d", {"train": iter([example("a"), {**example("b"), **fields}])}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_half_made_is_left(tmp_path):
     def fails():
         yield example("a")

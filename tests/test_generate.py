@@ -362,3 +362,23 @@ def test_bad_requests_are_refused_and_leave_no_file(folder, codec, tmp_path, cha
     with pytest.raises(UserError, match=message):
         generate(request.pop("model"), request.pop("text"), request.pop("out"), **request)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_codec_that_the_model_was_not_trained_with(folder, codec, tmp_path):
+    """`generate` refuses it before it says anything, and takes the one that the model knows, or any where it knows none."""
+    from llasa_jax.codec import load_codec
+    from llasa_jax.model_folder import read_description
+
+    config, source = read_description(folder)
+    run = tmp_path / "run"
+    run.mkdir()
+    for part in folder.iterdir():
+        (run / part.name).symlink_to(part)
+    (run / "model.json").unlink()
+    write_description(run, config, {**source, "codec": {"codec": "their/codec", "fingerprint": "f00d"}})
+    with pytest.raises(UserError, match="codes of their/codec"):
+        generate(run, "dog", tmp_path / "x.wav", codec=codec, dtype="float32", max_seconds=0.2)
+    assert not (tmp_path / "x.wav").exists()
+    for known in ({"codec": "same", "fingerprint": load_codec(codec).fingerprint}, {"codec": "unknown", "fingerprint": "unknown"}):
+        write_description(run, config, {**source, "codec": known})
+        generate(run, "dog", tmp_path / "x.wav", codec=codec, dtype="float32", max_seconds=0.2)

@@ -1,0 +1,111 @@
+"""Does the input pipeline keep up as a dataset grows? Packed tokens a second from records on disk: `python benchmarks/input_pipeline.py`.
+
+Clips have LJSpeech's lengths: 1.1 to 10.1 s, 6.6 s on average, 15 letters a second. Up to 100,000 records are written by TFDS; larger sets are
+copies of those shards under one index, so that files, index and reads are those of a large set. Needs 1 GB of disk for a million, freed at
+the end. Tokens are those of clips, without padding.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
+
+import grain  # noqa: E402
+import numpy as np  # noqa: E402
+
+from llasa_jax.batching import BatchShape, batches  # noqa: E402
+from llasa_jax.data.builder import write_dataset  # noqa: E402
+from llasa_jax.data.records import open_utterances  # noqa: E402
+from llasa_jax.prompts import Prompter  # noqa: E402
+from llasa_jax.tiny_llama import SAMPLE_TEXT, make_tiny_tokenizer  # noqa: E402
+
+SHAPE = BatchShape(accumulation=1, rows=16, length=2048)
+MUST_REACH = 300_000
+WRITTEN_AT_MOST = 100_000
+
+
+def clips(count: int):
+    """Records whose durations are spread as LJSpeech's: most of them long, none beyond 10.1 s."""
+    rng = np.random.default_rng(0)
+    words = sorted({word for text in SAMPLE_TEXT for word in text.split()})
+    for i in range(count):
+        seconds = 1.1 + 9.0 * rng.beta(2.2, 1.4)
+        text = " ".join(rng.choice(words, max(1, round(seconds * 15 / 6))))
+        codes = rng.integers(0, 65_536, int(seconds * 50) + 1).astype(np.uint16)
+        yield {"id": f"{i:07d}", "text": text, "codes": codes, "speaker": "", "description": "", "language": "en"}
+
+
+def build(folder: Path, records: int, base: Path | None) -> None:
+    if base is None:
+        write_dataset(folder, {"train": clips(records)}, {"codec": "none"})
+        return
+    folder.mkdir()
+    shards = sorted(base.glob("*array_record*"))
+    info = json.loads((base / "dataset_info.json").read_text())
+    (split,) = info["splits"]
+    copies = records // sum(map(int, split["shardLengths"]))
+    for copy in range(copies):
+        for i, shard in enumerate(shards):
+            number = f"{copy * len(shards) + i:05d}-of-{copies * len(shards):05d}"
+            shutil.copyfile(shard, folder / f"llasa_speech-train.array_record-{number}")
+    split["shardLengths"] *= copies
+    split["numBytes"] = str(int(split["numBytes"]) * copies)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for name in ("features.json", "metadata.json"):
+        shutil.copyfile(base / name, folder / name)
+
+
+def measure(folder: Path, prompter: Prompter, seconds: float) -> dict:
+    started = time.perf_counter()
+    records = open_utterances(folder, "train")
+    data = iter(batches(records, prompter, SHAPE, seed=0))
+    next(data)
+    first = time.perf_counter() - started
+    for _ in range(5):
+        next(data)
+    tokens, rows, start, cpu = 0, 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < seconds:
+        batch = next(data)
+        tokens += int((batch["segment_ids"] > 0).sum())
+        rows += SHAPE.rows
+    took, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"records": len(records), "rate": tokens / took, "per_cpu": tokens / cpu, "full": tokens / (rows * SHAPE.length), "first": first}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long each is measured, three times over; the median counts")
+    args = parser.parse_args()
+    prompter = Prompter(make_tiny_tokenizer())
+    print(
+        f"{datetime.date.today()}, {os.cpu_count()} cores of {platform.machine()}, load {os.getloadavg()[0]:.1f}, grain {grain.__version__}"
+    )
+    print(f"{'records':>10} {'tokens/s':>10} {'tokens/CPU s':>13} {'rows full':>10} {'first batch':>12} {'against the smallest':>21}")
+    with tempfile.TemporaryDirectory() as scratch:
+        base, folders = None, []
+        for records in sorted(args.records):
+            folders.append(Path(scratch) / str(records))
+            build(folders[-1], records, base if records > WRITTEN_AT_MOST else None)
+            base = folders[-1]
+        # All sizes in turn, so that another load on the machine spoils none of them alone.
+        runs = [[measure(folder, prompter, args.seconds / 3) for folder in folders] for _ in range(3)]
+    medians = [sorted(same, key=lambda run: run["rate"])[1] for same in zip(*runs, strict=True)]
+    for run in medians:
+        print(
+            f"{run['records']:>10,} {run['rate']:>10,.0f} {run['per_cpu']:>13,.0f} {run['full']:>10.1%} {run['first']:>10.1f} s "
+            f"{run['rate'] / medians[0]['rate']:>20.2f}x"
+        )
+    slowest = min(run["rate"] for run in medians)
+    print(f"slowest: {slowest:,.0f} tokens/s, {slowest / MUST_REACH:.2f}x the {MUST_REACH:,} asked for")
+
+
+if __name__ == "__main__":
+    main()
