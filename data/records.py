@@ -36,7 +36,7 @@ def open_sources(sources: Sequence[SourceSettings]) -> tuple[list[Sequence], lis
 
 
 def codec_of(sources: Sequence[SourceSettings]) -> dict[str, str]:
-    """The `codec` and `fingerprint` that all speech sources name, {} where none does. UserError where they were made by different codecs."""
+    """The `codec` and `fingerprint` that all speech sources name, {} where none does. UserError where they differ."""
     known: dict[str, tuple[str, dict]] = {}
     for source in sources:
         metadata = read_metadata(source.path) if source.prompt.task != "chat" else {}
