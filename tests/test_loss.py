@@ -1,6 +1,7 @@
 """The chunked loss against torch's cross-entropy, and that it never builds a row's logits."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llasa_jax.loss import chunked_cross_entropy
+from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 
 B, T, D, V, PADDED = 3, 64, 16, 1000, 1024
 
@@ -47,6 +48,20 @@ def test_accuracy_counts_hits():
     assert correct == mask.sum()
 
 
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_ranks_equal_torch(chunk):
+    hidden, table, targets, _ = inputs()
+    nll, rank = chunked_ranks(hidden, table, targets, vocab_size=V, chunk=chunk)
+    logits = torch.from_numpy(hidden) @ torch.from_numpy(table[:V]).T
+    wanted = torch.from_numpy(targets).long()
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, V), wanted.reshape(-1), reduction="none").reshape(B, T)
+    np.testing.assert_allclose(nll, expected, rtol=1e-5)
+    best = logits.topk(10, dim=-1).indices
+    np.testing.assert_array_equal(rank == 0, best[..., 0] == wanted)
+    np.testing.assert_array_equal(rank < 10, (best == wanted[..., None]).any(-1))
+    assert np.any(rank < 10)
+
+
 def test_no_buffer_holds_a_rows_logits():
     hidden, table, targets, mask = inputs()
 
@@ -60,6 +75,9 @@ def test_no_buffer_holds_a_rows_logits():
 
     assert largest(T) >= B * T * PADDED
     assert largest(8) <= B * 8 * PADDED
+    ranks = jax.jit(partial(chunked_ranks, vocab_size=V, chunk=8)).lower(hidden, table, targets).compile().as_text()
+    assert f"f32[{B},8,{PADDED}]" in ranks
+    assert f"[{B},{T},{PADDED}]" not in ranks
 
 
 def test_empty_mask_is_zero_not_nan():

@@ -15,7 +15,9 @@ def config(tmp_path):
 
 
 def test_file_then_overrides(config):
-    settings = parse_settings(["--config", str(config), "--train.rows=8", "--prompt.system", "Speak: {description}"])
+    samples = ["--log.samples=[Hello., 'Yes, please.']", "--log.codec=folder"]
+    settings = parse_settings(["--config", str(config), "--train.rows=8", "--prompt.system", "Speak: {description}", *samples])
+    assert settings.log.samples == ["Hello.", "Yes, please."]
     assert isinstance(settings, Settings)
     assert (settings.data.max_length, settings.train.rows, settings.prompt.system) == (1024, 8, "Speak: {description}")
     assert settings.optimizer.beta2 == 0.95
@@ -29,6 +31,9 @@ def test_file_then_overrides(config):
         (["--train.rows=many"], "train.rows.*many"),
         (["--model.dtype=f16"], "model.dtype.*f16"),
         (["--train.rows=0"], "train.rows must be at least 1 but is 0"),
+        (["--train.save_every=0"], "train.save_every must be at least 1 but is 0"),
+        (["--log.samples=[Hello]"], "log.samples needs log.codec"),
+        (["--optimizer.schedule=linear"], "optimizer.schedule.*linear"),
         (["--train.epochs=0"], "train.steps or train.epochs above 0"),
         (["--model.loss_chunk=100"], "loss_chunk=100 does not divide data.max_length=1024"),
         (["--model.path="], "model.path is not set"),

@@ -1,13 +1,14 @@
 """The train step against PyTorch: HF's LLaMA, `torch.optim.AdamW`, HF's schedule, torch's clipping. And against itself on other meshes."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
 import pytest
 import torch
 from reference import config_of, hf_llama, our_tree, params_of
-from transformers import get_cosine_schedule_with_warmup
+from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.settings import ModelSettings, OptimizerSettings
@@ -118,22 +119,72 @@ def test_remat_and_chunks_change_nothing():
     np.testing.assert_allclose([m["loss"] for m in plain], [m["loss"] for m in again], rtol=1e-6)
 
 
-def test_validation_averages_the_same_loss():
+def test_validation_averages_the_same_loss_and_counts_codes():
     hf = hf_llama()
     mesh = make_mesh()
-    functions = TrainStep(config_of(hf), ModelSettings(dtype="float32", loss_chunk=16), make_optimizer(OPTIMIZER, STEPS), mesh)
+    codes = range(200, 280)
+    settings = ModelSettings(dtype="float32", loss_chunk=16)
+    functions = TrainStep(config_of(hf), settings, make_optimizer(OPTIMIZER, STEPS), mesh, codes)
     params = jax.device_put(params_of(hf), parameter_shardings(config_of(hf), mesh))
-    batch = jax.device_put(next(make_batches()), functions.batch_sharding)
-    sums = functions.validate(params, batch)
-    _, _, metrics = functions.train(params, functions.init(params), batch)
+    batch = next(make_batches())
+    sums = functions.validate(params, jax.device_put(batch, functions.batch_sharding))
+    with torch.no_grad():
+        hits = {1: 0, 10: 0}
+        for tokens, learns in zip(batch["tokens"].reshape(-1, LENGTH), np.roll(batch["loss_mask"], 1, -1).reshape(-1, LENGTH), strict=True):
+            for clip in (slice(0, 36), slice(36, 56)):
+                best = hf(torch.from_numpy(tokens[clip]).long()[None]).logits[0, :-1].topk(10).indices.numpy()
+                target = tokens[clip][1:]
+                counted = learns[clip][1:] & (target >= 200) & (target < 280)
+                for top in hits:
+                    hits[top] += (best[:, :top] == target[:, None]).any(-1)[counted].sum()
+    assert (sums["code_top1"], sums["code_top10"]) == (hits[1], hits[10])
+    assert 0 < hits[1] < hits[10]
+    _, _, metrics = functions.train(params, functions.init(params), jax.device_put(batch, functions.batch_sharding))
     np.testing.assert_allclose(sums["nats"] / sums["targets"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(sums["correct"] / sums["targets"], metrics["accuracy"], rtol=1e-6)
+    learned_codes = batch["loss_mask"] & (batch["targets"] >= 200) & (batch["targets"] < 280)
+    assert sums["codes"] == metrics["codes"] == learned_codes.sum()
+    # Two clips of 36 and 20 tokens, in each of which a token attends to all before it and itself.
+    np.testing.assert_allclose(metrics["context"], (36 * 37 / 2 + 20 * 21 / 2) / 56, rtol=1e-6)
+    np.testing.assert_allclose(metrics["fill"], 56 / 64, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_decay_of_norms_is_a_choice(decay_norms):
+    params = {"embed": jax.numpy.ones(3), "layers": {"attn_norm": jax.numpy.ones(3)}, "norm": jax.numpy.ones(3)}
+    settings = dataclasses.replace(OPTIMIZER, warmup_ratio=0.0, decay_norms=decay_norms)
+    optimizer = make_optimizer(settings, STEPS)
+    still = jax.tree.map(jax.numpy.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    shrinks = -settings.learning_rate * settings.weight_decay
+    np.testing.assert_allclose(updates["embed"], shrinks, rtol=1e-6)
+    for norm in (updates["norm"], updates["layers"]["attn_norm"]):
+        np.testing.assert_allclose(norm, shrinks if decay_norms else 0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "ratio"), [(200, 0.03), (50, 0.2), (20, 0.0), (3, 0.9)])
+def test_deepspeeds_schedule(steps, ratio):
+    """WarmupCosineLR's formula, restated: warmup_min_ratio 0.03, cos_min_ratio 0.1, at least two steps of warm-up."""
+    warmup = max(2, math.ceil(ratio * steps))
+    ours = learning_rate_schedule(dataclasses.replace(OPTIMIZER, schedule="deepspeed", warmup_ratio=ratio), steps)
+    for step in range(steps):
+        if step < warmup:
+            expected = 0.03 + 0.97 * math.log(step + 1) / math.log(warmup)
+        else:
+            expected = 0.1 + 0.9 * (1 + math.cos(math.pi * min(1, (step - warmup + 1) / max(1, steps - warmup)))) / 2
+        np.testing.assert_allclose(ours(step), expected * OPTIMIZER.learning_rate, rtol=1e-4)
+    np.testing.assert_allclose(ours(0), 0.03 * OPTIMIZER.learning_rate, rtol=1e-5)
+    if steps > warmup:
+        np.testing.assert_allclose(ours(steps - 1), 0.1 * OPTIMIZER.learning_rate, rtol=1e-4)
 
 
 def test_schedules_are_hfs():
     weight = torch.nn.Parameter(torch.zeros(1))
-    for settings, ratio in ((OPTIMIZER, 0.2), (dataclasses.replace(OPTIMIZER, warmup_ratio=0.0), 0.0)):
-        hf = get_cosine_schedule_with_warmup(torch.optim.SGD([weight], lr=settings.learning_rate), round(ratio * STEPS), STEPS)
+    for ratio in (0.2, 0.0, 0.03):
+        settings = dataclasses.replace(OPTIMIZER, warmup_ratio=ratio)
+        # HF's Trainer rounds the warm-up's steps up.
+        warmup = TrainingArguments("unused", warmup_steps=ratio, use_cpu=True).get_warmup_steps(STEPS)
+        hf = get_cosine_schedule_with_warmup(torch.optim.SGD([weight], lr=settings.learning_rate), warmup, STEPS)
         ours = learning_rate_schedule(settings, STEPS)
         for step in range(STEPS):
             np.testing.assert_allclose(ours(step), hf.get_last_lr()[0], atol=1e-9)
