@@ -4,7 +4,6 @@ import dataclasses
 import signal
 import time
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 
 import jax
@@ -43,26 +42,21 @@ def train(settings: Settings, records: Sequence[Records], validation: Sequence[R
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
     tokenizer = AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER)
     prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
-    sources = [Source(*each) for each in zip(records, prompters, (each.weight for each in settings.sources), strict=True)]
-    checks = [Source(held_out, prompter) for held_out, prompter in zip(validation, prompters, strict=False) if held_out is not None]
-    if prompters[0].vocab.size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {source} has {prompters[0].vocab.size} tokens but the model only {config.vocab_size}; they are no pair"
-        )
+    sources = [Source(*each) for each in zip(records, prompters, [each.weight for each in settings.sources], strict=True)]
+    held_out = [Source(*each) for each in zip(validation, prompters, strict=False) if each[0] is not None]
+    vocab = prompters[0].vocab
+    if vocab.size > config.vocab_size:
+        raise UserError(f"the tokenizer in {source} has {vocab.size} tokens but the model only {config.vocab_size}; they are no pair")
     shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if shape.rows % row_devices:
         raise UserError(f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
     pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed}
     fit = measure(sources, shape.length, **pipeline)
-    steps = settings.train.steps or max(1, ceil(settings.train.epochs * fit.rows / (shape.accumulation * shape.rows)))
-    about = "an epoch: " if fit.exact else "an epoch, about: "
-    _say(
-        f"{about}{fit.clips} clips, {fit.tokens} tokens in {fit.rows} rows, {fit.tokens / (fit.rows * shape.length):.1%} full; "
-        f"{fit.too_long} too long for {shape.length} ({settings.data.too_long})"
-    )
+    steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
+    _say(f"an epoch: {fit} ({settings.data.too_long})")
     if len(sources) > 1:
-        _say("tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
+        _say("its tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
     _say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
 
     # The run's folder, new or gone back to
@@ -82,10 +76,10 @@ def train(settings: Settings, records: Sequence[Records], validation: Sequence[R
     metrics = Metrics(run, settings.log, start)
 
     def validate(step: int) -> None:
-        if not checks:
+        if not held_out:
             return
         sums = {"nats": 0.0, "correct": 0.0, "targets": 0.0}
-        for batch in batches(checks, shape, **pipeline, repeat=False):
+        for batch in batches(held_out, shape, **pipeline, repeat=False):
             for name, value in step_functions.validate(params, _place(batch, step_functions)).items():
                 sums[name] += float(value)
         result = {"validation_loss": sums["nats"] / sums["targets"], "validation_accuracy": sums["correct"] / sums["targets"]}
