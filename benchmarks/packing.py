@@ -2,8 +2,8 @@
 
     python benchmarks/packing.py
 
-LJSpeech's 13,100 clips are not here; their published figures are: 1.11 to 10.10 s, 6.57 s on average, 100 characters on average. Lengths are
-drawn from a beta distribution with these ends, that mean and a deviation of 2.2 s. Every packer gets the same clips in the same order.
+LJSpeech's 13,100 clips are not here; their published figures are: 1.11 to 10.10 s, 6.57 s and 100 characters on average. Lengths are drawn
+from a beta distribution with these ends, that mean and a deviation of 2.2 s. Every packer gets the same clips in the same order.
 """
 
 import platform

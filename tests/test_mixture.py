@@ -1,5 +1,6 @@
 """Mixtures: exact, seeded, the same on any number of hosts, each source with its own prompt, every record once an epoch."""
 
+import dataclasses
 import json
 import pickle
 from collections import Counter
@@ -209,6 +210,18 @@ def test_sources_in_a_config(tmp_path):
 def test_mistakes_in_sources(tmp_path, source, complaint):
     with pytest.raises(UserError, match=complaint):
         parse_settings([write(tmp_path, data={"sources": [SOURCES[0], source]})])
+
+
+def test_a_model_card_names_every_source_by_its_last_part(tmp_path):
+    from llasa_jax.convert.model_card import model_card
+
+    sources = [source | {"path": f"/home/me/{source['path']}"} for source in SOURCES]
+    settings = parse_settings([write(tmp_path, data={"sources": sources})])
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings)))
+    card = model_card(tmp_path, {"prompt": dataclasses.asdict(settings.prompt)}, "me/voice", 3, True)
+    assert "Data: `voice`, `c.jsonl`." in card
+    assert "/home" not in card
+    assert "Sing." in card
 
 
 def test_one_way_or_the_other(tmp_path):
