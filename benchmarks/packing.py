@@ -19,6 +19,7 @@ import torch
 from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llasa_jax.batching import pack_rows
 from llasa_jax.config import ModelConfig
 from llasa_jax.model import Llama
 from llasa_jax.optimizer import make_optimizer
@@ -100,21 +101,6 @@ class Packed:
         jax.block_until_ready(numbers)
 
 
-def pack(lengths: np.ndarray) -> list[list[int]]:
-    """First-fit, as `batching` does it: which clips share a row."""
-    rows, room = [], []
-    for clip, length in enumerate(lengths):
-        for row, left in enumerate(room):
-            if left >= length:
-                rows[row].append(clip)
-                room[row] -= length
-                break
-        else:
-            rows.append([clip])
-            room.append(LENGTH - length)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds: one padded clip, one packed row")
@@ -122,7 +108,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     lengths = clip_lengths(400, rng)
     clips = make_clips(lengths, rng)
-    rows = pack(lengths)
+    rows = pack_rows(lengths.tolist(), LENGTH)
     fill = lengths.sum() / (len(rows) * LENGTH)
     cores = os.cpu_count()
     torch.set_num_threads(cores)

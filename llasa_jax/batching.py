@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
+from math import ceil, lcm
 from typing import Literal
 
 import grain
@@ -52,17 +52,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Fit:
-    """What an epoch amounts to at one row length. `exact` is false where it was extrapolated from a sample.
+    """What an epoch amounts to in rows of `length`. `exact` is false where it was extrapolated from a sample.
 
     `tokens` are those of the `clips` that are kept, `rows` what they fill, and `shares` each source's part of the tokens.
     """
 
+    length: int
     clips: int
     too_long: int
     tokens: int
     rows: int
     shares: tuple[float, ...]
     exact: bool
+
+    def steps(self, epochs: float, shape: BatchShape) -> int:
+        """How many steps `epochs` take: from the rows, which are never quite full."""
+        return max(1, ceil(epochs * self.rows / (shape.accumulation * shape.rows)))
+
+    def __str__(self):
+        fill = self.tokens / (self.rows * self.length)
+        numbers = f"{self.clips} clips, {self.tokens} tokens in {self.rows} rows of {self.length}, {fill:.1%} full"
+        return f"{'' if self.exact else 'about '}{numbers}; {self.too_long} too long"
 
 
 class Mix(grain.transforms.DatasetSelectionMap):
@@ -157,7 +167,7 @@ def measure(
     scale = draws / count
     shares = np.bincount(source, kept, len(sources)) / kept.sum()
     counts = (round(number * scale) for number in (len(used), (~fits).sum(), kept.sum(), rows))
-    return Fit(*counts, tuple(shares.tolist()), count == draws)
+    return Fit(length, *counts, tuple(shares.tolist()), count == draws)
 
 
 def batches(
@@ -188,7 +198,9 @@ def batches(
     # Split only after mixing and repeating: every host then has the same share of every source and epoch, to within one clip.
     dataset = dataset[index::count].map(ToExample(sources, shape.length, too_long)).filter(lambda example: example is not None)
     clips = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-    windows = clips.batch(window if pack else 1, drop_remainder=False, batch_fn=list)
+    # No window is longer than an epoch: a run of two epochs over few clips then sees each of them twice.
+    window = min(window, ceil(draws_per_epoch(sources) / count)) if pack else 1
+    windows = clips.batch(window, drop_remainder=False, batch_fn=list)
     rows_here = shape.rows // count
     rows = grain.experimental.FlatMapIterDataset(windows, _ToRows(shape.length))
     return rows.batch(shape.accumulation * rows_here, drop_remainder=False, batch_fn=_Stack(shape.accumulation, rows_here))

@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from math import ceil
 from pathlib import Path
 
 import jax
@@ -44,8 +43,8 @@ def train(
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
     tokenizer = AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER)
     prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
-    sources = [Source(*each) for each in zip(records, prompters, (each.weight for each in settings.sources), strict=True)]
-    checks = [Source(held_out, prompter) for held_out, prompter in zip(validation, prompters, strict=False) if held_out is not None]
+    sources = [Source(*each) for each in zip(records, prompters, [each.weight for each in settings.sources], strict=True)]
+    held_out = [Source(*each) for each in zip(validation, prompters, strict=False) if each[0] is not None]
     vocab = prompters[0].vocab
     if vocab.size > config.vocab_size:
         raise UserError(f"the tokenizer in {source} has {vocab.size} tokens but the model only {config.vocab_size}; they are no pair")
@@ -53,18 +52,14 @@ def train(
     row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if shape.rows % row_devices:
         raise UserError(f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
-    if settings.train.keep_best and not checks:
+    if settings.train.keep_best and not held_out:
         raise UserError("train.keep_best needs a validation loss; name a split in data.validation_split, or leave it at 0")
     pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed}
     fit = measure(sources, shape.length, **pipeline)
-    steps = settings.train.steps or max(1, ceil(settings.train.epochs * fit.rows / (shape.accumulation * shape.rows)))
-    about = "an epoch: " if fit.exact else "an epoch, about: "
-    say(
-        f"{about}{fit.clips} clips, {fit.tokens} tokens in {fit.rows} rows, {fit.tokens / (fit.rows * shape.length):.1%} full; "
-        f"{fit.too_long} too long for {shape.length} ({settings.data.too_long})"
-    )
+    steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
+    say(f"an epoch: {fit} ({settings.data.too_long})")
     if len(sources) > 1:
-        say("tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
+        say("its tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
     say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
     samples = Samples(run, settings.log, prompters[0]) if settings.log.samples else None
 
@@ -73,7 +68,7 @@ def train(
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
     def validation_batches() -> Iterable[dict]:
-        return batches(checks, shape, **pipeline, repeat=False)
+        return batches(held_out, shape, **pipeline, repeat=False)
 
     with run_folder.claimed(run, settings, codec):
         # The state, new or gone back to
@@ -107,7 +102,7 @@ def train(
                     progress.settle()
                 with throughput.pause():
                     for_best = save and settings.train.keep_best
-                    if checks and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
+                    if held_out and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
                         validation_loss = _validate(step, step_functions, params, validation_batches, metrics)
                     if save:
                         checkpoints.save(step, params, opt_state, data, validation_loss)

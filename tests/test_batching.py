@@ -88,6 +88,14 @@ def test_seeded_and_shuffled_anew_each_epoch(prompter, clips):
     assert set(first[:100]) != set(first[150:250])
 
 
+def test_few_clips_are_packed_an_epoch_at_a_time(prompter, clips):
+    iterator = iter(batches([Source(clips[:20], prompter)], BatchShape(1, 1, 512), seed=0))
+    rows = measure([Source(clips[:20], prompter)], 512, seed=0).rows
+    for _ in range(3):
+        epoch = [s["tokens"].tobytes() for _ in range(rows) for s in segments(next(iterator))]
+        assert sorted(epoch) == sorted(prompter.example(clip).tokens.tobytes() for clip in clips[:20])
+
+
 def test_hosts_share_out_every_epoch(prompter, clips):
     seen = []
     for host in range(2):

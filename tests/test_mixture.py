@@ -1,5 +1,6 @@
 """Mixtures: exact, seeded, the same on any number of hosts, each source with its own prompt, every record once an epoch."""
 
+import dataclasses
 import json
 import pickle
 from collections import Counter
@@ -77,7 +78,10 @@ def test_an_epoch_is_one_pass_over_the_first_source(sources):
     packed = list(batches(sources[:1], SHAPE, seed=0, repeat=False))
     used = sum((batch["segment_ids"].max(-1) > 0).sum() for batch in packed)
     assert measure(sources[:1], 256, seed=0).rows == pytest.approx(used, abs=1)
-    assert measure(sources, 256, seed=3, pack=False).rows == 100
+    loose = measure(sources, 256, seed=3, pack=False)
+    assert loose.rows == 100
+    assert loose.steps(1.5, SHAPE) == 38
+    assert f"100 clips, {expected} tokens in 100 rows of 256, {expected / 25600:.1%} full; 0 too long" in str(loose)
 
 
 def test_the_same_on_any_number_of_hosts(sources):
@@ -206,6 +210,18 @@ def test_sources_in_a_config(tmp_path):
 def test_mistakes_in_sources(tmp_path, source, complaint):
     with pytest.raises(UserError, match=complaint):
         parse_settings([write(tmp_path, data={"sources": [SOURCES[0], source]})])
+
+
+def test_a_model_card_names_every_source_by_its_last_part(tmp_path):
+    from llasa_jax.convert.model_card import model_card
+
+    sources = [source | {"path": f"/home/me/{source['path']}"} for source in SOURCES]
+    settings = parse_settings([write(tmp_path, data={"sources": sources})])
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings)))
+    card = model_card(tmp_path, {"prompt": dataclasses.asdict(settings.prompt)}, "me/voice", 3, True)
+    assert "Data: `voice`, `c.jsonl`." in card
+    assert "/home" not in card
+    assert "Sing." in card
 
 
 def test_one_way_or_the_other(tmp_path):

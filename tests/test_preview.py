@@ -16,10 +16,15 @@ from llasa_jax.tiny_llama import make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def tokenizer():
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def place(tokenizer, tmp_path_factory):
     """A recipe that mixes a dataset of speech, one clip of which is too long, with a file of chat."""
     place = tmp_path_factory.mktemp("preview")
-    make_tiny_tokenizer().save_pretrained(place / "model" / "hf")
+    tokenizer.save_pretrained(place / "model" / "hf")
     rng = np.random.default_rng(0)
     texts = {"speaker": "ada", "description": "", "language": ""}
     clips = [
@@ -35,13 +40,12 @@ def place(tmp_path_factory):
     return place
 
 
-def test_json_is_what_training_sees(place, capsys):
+def test_json_is_what_training_sees(place, tokenizer, capsys):
     assert main(["preview", "--config", str(place / "recipe.yaml"), "--count", "100", "--json"]) == 0
     out, err = capsys.readouterr()
     lines = {line["id"]: line for line in map(json.loads, out.splitlines())}
     assert set(lines) == {"clip0", "clip1", "clip2", "chat"}
     assert "clip3: longer than data.max_length=200, left out" in err
-    tokenizer = make_tiny_tokenizer()
     settings = parse_settings(["--config", str(place / "recipe.yaml")])
     for record in open_sources(settings.sources)[0][0]:
         if record.id in lines:
@@ -52,12 +56,18 @@ def test_json_is_what_training_sees(place, capsys):
     assert tokenizer.decode(learned) == "Ho<|eot_id|>"
 
 
-def test_settings_can_be_overridden(place, capsys):
+@pytest.fixture
+def loaded(tokenizer, monkeypatch):
+    """The tokenizer without the second that it takes to load."""
+    monkeypatch.setattr("llasa_jax.preview.load_tokenizer", lambda folder: tokenizer)
+
+
+def test_settings_can_be_overridden(place, tokenizer, loaded, capsys):
     override = f"--data.sources=[{{path: {place / 'voice'}, prompt: {{task: asr}}}}]"
     assert main(["preview", "--json", f"--config={place / 'recipe.yaml'}", "--count=1", override, "--data.max_length=1024"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     learned = [token for token in json.loads(line)["labels"] if token != -100]
-    assert make_tiny_tokenizer().decode(learned).startswith("<|TEXT_GENERATION_START|>word")
+    assert tokenizer.decode(learned).startswith("<|TEXT_GENERATION_START|>word")
     assert main(["preview", f"--config={place / 'recipe.yaml'}", "--data.pth=x"]) == 2
     assert "unknown setting data.pth" in capsys.readouterr().err
     assert main(["preview", f"--config={place / 'recipe.yaml'}", "--count=0"]) == 2
@@ -70,7 +80,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("kind", "no_color", "coloured"), [(Terminal, "", True), (Terminal, "1", False), (io.StringIO, "", False)])
-def test_colours_are_for_terminals(place, monkeypatch, kind, no_color, coloured):
+def test_colours_are_for_terminals(place, loaded, monkeypatch, kind, no_color, coloured):
     monkeypatch.setenv("NO_COLOR", no_color)
     settings = parse_settings(["--config", str(place / "recipe.yaml")])
     records = [[Utterance("word", np.arange(50).astype(np.uint16), "clip")], open_sources(settings.sources)[0][1]]
@@ -85,7 +95,7 @@ def test_colours_are_for_terminals(place, monkeypatch, kind, no_color, coloured)
     assert ("\x1b" in text) == coloured
 
 
-def test_a_records_text_does_not_steer_the_terminal(place):
+def test_a_records_text_does_not_steer_the_terminal(place, loaded):
     only_chat = f"--data.sources=[{{path: {place / 'chat.jsonl'}, prompt: {{task: chat}}}}]"
     settings = parse_settings(["--config", str(place / "recipe.yaml"), only_chat])
     out = Terminal()

@@ -59,6 +59,28 @@ def test_inference_opens_exactly_as_training(tokenizer, speaker):
     assert len(opening) == np.flatnonzero(trained.loss)[0] + 1
 
 
+def test_inference_asks_for_what_was_trained(tokenizer):
+    prompter = Prompter(tokenizer, PromptSettings(user="In {language}, {description}:{text}"))
+    asked = {"speaker": "ada", "description": "calm and low", "language": "English"}
+    trained = prompter.example(Utterance("Hello there.", CODES, **asked))
+    opening = prompter.opening("Hello there.", **asked)
+    assert opening.tolist() == trained.tokens[: len(opening)].tolist()
+    assert "In English, calm and low:" in tokenizer.decode(opening)
+    with pytest.raises(UserError, match="has no language, which the prompt mentions"):
+        prompter.opening("Hello there.", description="calm and low")
+
+
+def test_the_generate_command_passes_them_on(monkeypatch, tmp_path):
+    from llasa_jax import cli, generate
+
+    seen = {}
+    monkeypatch.setattr(generate, "generate", lambda *args, **options: seen.update(options))
+    asked = {"speaker": "ada", "description": "calm", "language": "en"}
+    flags = [f"--{name}={value}" for name, value in asked.items()]
+    assert cli.main(["generate", "--model", str(tmp_path), "--text", "Hi", "--out", "x.wav", *flags]) == 0
+    assert {name: seen[name] for name in asked} == asked
+
+
 def test_cloning_goes_on_from_the_prompts_codes(tokenizer):
     prompter = Prompter(tokenizer)
     opening = prompter.opening("And so on.", prompt_text="It was said.", prompt_codes=CODES)
