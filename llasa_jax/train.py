@@ -19,6 +19,7 @@ from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
+from llasa_jax.profiler import Profiler
 from llasa_jax.prompts import Prompter, Utterance
 from llasa_jax.settings import Settings
 from llasa_jax.sharding import make_mesh
@@ -80,6 +81,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
         start, params = 0, model_folder.load_params(source, mesh, jnp.dtype(settings.model.param_dtype))
         opt_state = step_functions.init(params)
     metrics = Metrics(run, settings.log, start)
+    profiler = Profiler(run, settings.profile.steps)
 
     def validate(step: int) -> None:
         if validation is None:
@@ -121,6 +123,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     try:
         with stop:
             for step in range(start + 1, steps + 1):
+                profiler.before(step, params)
                 params, opt_state, numbers = step_functions.train(params, opt_state, _place(next(data), step_functions))
                 settle()
                 pending = {"step": step, **numbers}
@@ -134,6 +137,7 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
                 if stop.received:
                     break
     finally:
+        profiler.close(params)
         checkpoints.close()
         metrics.close()
     if stop.received:
