@@ -32,17 +32,18 @@ def _warmup_cosine_lr(step, warmup: int, steps: int):
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then `torch.optim.AdamW`'s update. Weight decay touches norms only with `decay_norms`."""
+    """Clipping by the global norm, then `torch.optim.AdamW`'s update or Adafactor's. Weight decay touches norms only with `decay_norms`."""
 
     def decays(params):
         return jax.tree.map_with_path(lambda path, _: settings.decay_norms or "norm" not in path[-1].key, params)
 
-    adamw = optax.adamw(
-        learning_rate_schedule(settings, steps),
-        b1=settings.beta1,
-        b2=settings.beta2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        mask=decays,
-    )
-    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
+    schedule = learning_rate_schedule(settings, steps)
+    if settings.name == "adafactor":
+        # In AdamW's form, steps and decay both times the learning rate, so that the same settings hold.
+        scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        optimizer = optax.chain(scale, optax.add_decayed_weights(settings.weight_decay, decays), optax.scale_by_learning_rate(schedule))
+    else:
+        optimizer = optax.adamw(
+            schedule, b1=settings.beta1, b2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay, mask=decays
+        )
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer) if settings.clip else optimizer

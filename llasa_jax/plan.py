@@ -117,9 +117,9 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         rows_per_device=rows / row_devices,
         estimated=estimated,
         fits=fits,
-        peak_hbm_gib=round(peak, 2),
+        peak_hbm_gib=round(peak, 4),
         hbm_gib=device and device.memory,
-        memory_gib={name: round(size, 2) for name, size in (held | {"working memory": max(0.0, peak - sum(held.values()))}).items()},
+        memory_gib={name: round(size, 4) for name, size in (held | {"working memory": max(0.0, peak - sum(held.values()))}).items()},
         tokens_per_step=shape.tokens,
         model_flops_per_step=model_flops(config, shape),
         step_seconds=seconds,
@@ -251,8 +251,9 @@ def describe(plan_: Plan, settings: Settings) -> str:
         lines.append(f"at least {plan_.step_seconds_roofline:.2f} s a step: the longest of {parts} s, each alone and at its peak rate;")
         lines.append("  half that speed is usual")
     if plan_.steps:
-        hours = f", at least {plan_.hours_roofline:.1f} hours" if plan_.hours_roofline else ""
-        lines.append(f"the dataset: {plan_.steps:,} steps{hours}")
+        hours = plan_.hours_roofline or 0
+        time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        lines.append(f"the dataset: {plan_.steps:,} steps" + (f", at least {time}" if hours else ""))
     if not plan_.fits:
         lines.append(f"what would help: {advice(settings)}")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "out",
     "mesh",
     "log",
+    "profile",
     "data.doctor",
     "train.save_every",
     "train.keep",

@@ -80,13 +80,15 @@ class MeshSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW. `schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the warm-up; "deepspeed" is
+    """`schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the warm-up; "deepspeed" is
     DeepSpeed's WarmupCosineLR as upstream sets it: logarithmic warm-up from 3% of the peak, cosine down to 10% of it.
 
+    `name` "adafactor" has factored second moments and no first: next to no memory, where AdamW keeps two more copies of the weights.
     Weight decay leaves out the norms, as HF's Trainer does; `decay_norms` takes them in, as DeepSpeed does. `clip` bounds the
     gradient's global norm; 0 turns that off.
     """
 
+    name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-5
     schedule: Literal["cosine", "constant", "deepspeed"] = "cosine"
     warmup_ratio: float = 0.03
@@ -133,6 +135,13 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class ProfileSettings:
+    """`steps` "10:13" traces steps 10 to 12 into the run's `profile/`, which XProf and TensorBoard open."""
+
+    steps: str = ""
+
+
+@dataclass(frozen=True)
 class Settings:
     """A training run. `out` is its folder: settings, metrics, checkpoints; the same command goes on from the last checkpoint."""
 
@@ -144,6 +153,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     def __post_init__(self):
         paths = {"out": self.out, "model.path": self.model.path} | ({} if self.data.sources else {"data.path": self.data.path})

@@ -15,6 +15,7 @@ from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
+from llasa_jax.profiler import Profiler
 from llasa_jax.progress import Progress, say
 from llasa_jax.prompts import Conversation, Prompter, Utterance
 from llasa_jax.samples import Samples
@@ -62,6 +63,7 @@ def train(
         say("its tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
     say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
     samples = Samples(run, settings.log, prompters[0]) if settings.log.samples else None
+    profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids)
@@ -84,13 +86,14 @@ def train(
 
         # The steps
         step = start
-        with StopSignal() as stop, checkpoints, Metrics(run, settings.log, start) as metrics:
+        with StopSignal() as stop, checkpoints, profiler, Metrics(run, settings.log, start) as metrics:
             throughput = Throughput(config, list(mesh.devices.flat))
             schedule = learning_rate_schedule(settings.optimizer, steps)
             progress = Progress(metrics, throughput, LossAlarm(config.vocab_size), schedule, settings.log.every, steps)
             for step in range(start + 1, steps + 1):
                 with throughput.waiting(progress.computing):
                     batch = _place(next(data), step_functions)
+                profiler.before(step, params)
                 params, opt_state, numbers = step_functions.train(params, opt_state, batch)
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()

@@ -58,7 +58,7 @@ class TrainStep:
         return self.train.trace(self.params, self.opt_state, batch).lower(lowering_platforms=(platform,)).compile()
 
     def _abstract_opt_state(self):
-        """The optimizer's state as shapes: moments lie where their parameters lie, counters everywhere."""
+        """The optimizer's state as shapes: moments lie where their parameters lie, counters and factored moments everywhere."""
         state = jax.eval_shape(self.optimizer.init, self.params)
 
         def place(leaf, sharding):
@@ -66,7 +66,7 @@ class TrainStep:
 
         return optax.tree_utils.tree_map_params(
             self.optimizer,
-            lambda leaf, param: place(leaf, param.sharding),
+            lambda leaf, param: place(leaf, param.sharding if leaf.shape == param.shape else self.replicated),
             state,
             self.params,
             transform_non_params=lambda leaf: place(leaf, self.replicated),
