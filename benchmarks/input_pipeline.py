@@ -1,8 +1,8 @@
 """Does the input pipeline keep up as a dataset grows? Packed tokens a second from records on disk: `python benchmarks/input_pipeline.py`.
 
-Clips have LJSpeech's lengths: 1.1 to 10.1 s, 6.6 s on average, 15 letters a second. Up to 100,000 records are written by TFDS; larger sets are
-copies of those shards under one index, so that files, index and reads are those of a large set. Needs 1 GB of disk for a million, freed at
-the end. Tokens are those of clips, without padding.
+Clips have LJSpeech's lengths: 1.1 to 10.1 s, 6.6 s on average, 15 letters a second. Up to 100,000 records are written by TFDS; larger
+sets are copies of those shards under one index, so that files, index and reads are those of a large set. Needs 1 GB of disk for a
+million, freed at the end. Tokens are those of clips, without padding.
 """
 
 import argparse

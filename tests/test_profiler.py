@@ -8,22 +8,27 @@ from llasa_jax.profiler import Profiler
 
 
 def test_a_trace_of_the_steps_asked_for(tmp_path):
-    profiler = Profiler(tmp_path, "2:4")
     state = jnp.zeros(3)
     tracing = []
-    for step in range(1, 6):
-        profiler.before(step, state)
-        tracing.append(profiler.tracing)
-        state = state + 1
-    profiler.close(state)
+    with Profiler(tmp_path, "2:4") as profiler:
+        for step in range(1, 6):
+            profiler.before(step, state)
+            tracing.append(profiler.tracing)
+            state = state + 1
     assert tracing == [False, True, True, False, False]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_run_that_ends_early_ends_its_trace(tmp_path):
+    with Profiler(tmp_path, "1:9") as profiler:
+        profiler.before(1, jnp.zeros(1))
+    assert not profiler.tracing
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_no_steps_no_trace(tmp_path):
-    profiler = Profiler(tmp_path, "")
-    profiler.before(1, jnp.zeros(1))
-    profiler.close()
+    with Profiler(tmp_path, "") as profiler:
+        profiler.before(1, jnp.zeros(1))
     assert not any(tmp_path.iterdir())
 
 
