@@ -59,10 +59,11 @@ def doctor(settings: Settings, codec: str | Codec | None = None, device: str = "
         findings += check_tokenizer(model, tokenizer)
     except UserError as error:
         findings.append(Finding("bad", "tokenizer", str(error)))
-    try:
-        codec_of(settings.sources)
-    except UserError as error:
-        findings.append(Finding("bad", "codec", str(error)))
+    if len(settings.sources) > 1:
+        try:
+            codec_of(settings.sources)
+        except UserError as error:
+            findings.append(Finding("bad", "codec", str(error)))
     for source in settings.sources:
         if source.prompt.task != "chat":
             findings += _examine_source(source, settings.data, tokenizer, codec, device, sample)

@@ -239,7 +239,7 @@ def test_the_whole_examination(tmp_path, model, at_hand, capsys):
     assert {f.severity for f in findings} == {"ok"}
     assert {f.check for f in findings} == {"tokenizer", "records", "codes", "length", "duplicate", "leak", "pace", "codec"}
     looked = [f.message for f in doctor(settings(model, tmp_path / "good"), sample=7) if f.check == "records"]
-    assert looked == ["looked at 7 of 60 clips of train"]
+    assert looked == [f"looked at 7 of 60 clips of train in {tmp_path / 'good'}"]
     examine_before_training(settings(model, tmp_path / "good"))
     assert capsys.readouterr().out == ""
 

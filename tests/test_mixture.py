@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from llasa_jax.batching import BatchShape, Mix, Source, batches, drawn, draws_per_epoch, measure
+from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.conversations import Conversations
-from llasa_jax.data.records import open_sources
+from llasa_jax.data.records import codec_of, open_sources
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import Conversation, Prompter, PromptSettings, Utterance
 from llasa_jax.settings import SourceSettings, parse_settings
@@ -227,3 +228,19 @@ def test_a_model_card_names_every_source_by_its_last_part(tmp_path):
 def test_one_way_or_the_other(tmp_path):
     with pytest.raises(UserError, match="data.sources lists the datasets and their splits; leave data.path"):
         parse_settings([write(tmp_path), "--data.path=voice"])
+
+
+def test_a_mixture_of_two_codecs_is_refused(tmp_path):
+    fields = ("id", "text", "codes", "speaker", "description", "language")
+    clip = Utterance("Some words.", np.arange(60, dtype=np.uint16), "one")
+    for name, fingerprint in (("ours", "f1"), ("theirs", "f2"), ("unsaid", "unknown")):
+        row = {field: getattr(clip, field) for field in fields}
+        write_dataset(tmp_path / name, {"train": iter([row])}, {"codec": f"{name} codec", "fingerprint": fingerprint})
+
+    def sources(*names):
+        return [SourceSettings(str(tmp_path / name), prompt=PromptSettings()) for name in names]
+
+    assert codec_of(sources("ours", "unsaid")) == {"codec": "ours codec", "fingerprint": "f1"}
+    assert codec_of(sources("unsaid")) == {}
+    with pytest.raises(UserError, match="holds codes of ours codec and .* of theirs codec; encode both with the same codec"):
+        codec_of(sources("ours", "unsaid", "theirs"))
