@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, model, clips, tmp_path):
 def test_another_mesh_goes_on_with_the_same_data(finished, model, clips, tmp_path, capsys, monkeypatch, devices, mesh):
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "6")
-    monkeypatch.setattr(train_module, "make_mesh", lambda *shape: make_mesh(*shape, devices=jax.devices()[:devices]))
+    monkeypatch.setattr(train_module, "make_mesh", lambda *shape, **more: make_mesh(*shape, **more, devices=jax.devices()[:devices]))
     train(settings_for(model, run, mesh=mesh), clips, [clips[0][:3]])
     assert "going on after step 4" in capsys.readouterr().out
     # Sums in another order.
@@ -205,7 +205,7 @@ def test_it_learns_on_where_its_numbers_cannot_be_written(finished, model, clips
 
 
 def test_the_best_is_kept_and_samples_are_spoken(model, clips, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_module, "make_mesh", lambda *shape: make_mesh(1, 1, 2, devices=jax.devices()[:2]))
+    monkeypatch.setattr(train_module, "make_mesh", lambda *shape, **more: make_mesh(1, 1, 2, devices=jax.devices()[:2]))
     codec = make_tiny_codec(tmp_path / "codec")
     log = {"samples": ["word 1", "word 2"], "samples_every": 9, "samples_speaker": "ada", "codec": str(codec), "every": 1}
     # Learned by heart, so that what it has not seen gets worse.
