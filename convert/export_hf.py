@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from llasa_jax.convert.hf_files import (
     CARD,
     CONFIG,
     copy_small_files,
-    load_tokenizer,
     read_json,
     speaks,
+    vocabulary,
     write_generation_config,
     write_json,
 )
@@ -26,6 +27,8 @@ from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, nam
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError
 from llasa_jax.model_folder import CHECKPOINTS, HF_FOLDER, params_folder, read_description
+
+WORKERS = 2  # threads, each with two pieces of a parameter in memory
 
 
 def export_hf(
@@ -55,16 +58,21 @@ def export_hf(
     limit = parse_size(max_shard_size)
     with new_folder(destination, needs) as partial:
         writer = SafetensorsWriter(partial, shapes, dtypes, limit)
-        with writer, tqdm(total=len(names), desc="exporting", unit="tensor", disable=None) as bar:
-            for path in reader.dtypes:
-                _export_parameter(reader, path, names, shapes, dtypes, writer, bar)
+        with writer, ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(names), desc="exporting", unit="tensor", disable=None) as bar:
+
+            def convert(path: str) -> dict[str, str]:
+                return _export_parameter(reader, path, names, shapes, dtypes, writer, bar)
+
+            for faults in pool.map(convert, reader.dtypes):
+                for name, kind in faults.items():
+                    warnings.warn(f"{where}: {name} contains {kind} as {dtypes[name]}; use another checkpoint or type", stacklevel=2)
         copy_small_files(source / HF_FOLDER, partial)
         _write_config(partial, config.vocab_size, dtypes)
-        tokenizer = load_tokenizer(partial)
-        if speaks(tokenizer):
-            write_generation_config(partial, tokenizer)
+        tokens = vocabulary(partial)
+        if speaks(tokens):
+            write_generation_config(partial, tokens)
         trained = int(where.parent.name) if where.parent.parent.name == CHECKPOINTS else None
-        (partial / CARD).write_text(model_card(source, origin, push_to_hub or destination.absolute().name, trained, speaks(tokenizer)))
+        (partial / CARD).write_text(model_card(source, origin, push_to_hub or destination.absolute().name, trained, speaks(tokens)))
         if verify:
             verify_logits(partial, source, step=step).check()
     if push_to_hub:
@@ -78,21 +86,27 @@ def _dtype_of(path: str, dtype: str | None, origin: dict, reader: ParamsReader) 
     return named_dtype(dtype or origin.get("other_dtypes", {}).get(path, origin["dtype"]))
 
 
-def _export_parameter(reader, path, names, shapes, dtypes, writer, bar) -> None:
+def _export_parameter(
+    reader: ParamsReader,
+    path: str,
+    names: dict[tuple[str, int | None], str],
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, np.dtype],
+    writer: SafetensorsWriter,
+    bar: tqdm,
+) -> dict[str, str]:
+    """Copies one parameter, as one HF tensor or one a layer, and tells which of them have a fault and which."""
     faults = {}
+    stacked = path.startswith("layers.")
     for start, piece in reader.pieces(path):
-        stacked = path.startswith("layers.")
-        for name, first, rows in (
-            [(names[path, start + i], 0, layer) for i, layer in enumerate(piece)] if stacked else [(names[path, None], start, piece)]
-        ):
+        tensors = [(names[path, start + i], 0, layer) for i, layer in enumerate(piece)] if stacked else [(names[path, None], start, piece)]
+        for name, first, rows in tensors:
             rows = cast(rows.reshape(-1, *shapes[name][1:])[: shapes[name][0] - first], dtypes[name])
             faults[name] = faults.get(name) or fault(rows)
             writer.write(name, rows, first)
-            bar.update(stacked)
-    bar.update(not path.startswith("layers."))
-    for name, kind in faults.items():
-        if kind:
-            warnings.warn(f"{reader.where}: {name} contains {kind} as {dtypes[name]}; use another checkpoint or type", stacklevel=3)
+        bar.update(len(tensors) if stacked else 0)
+    bar.update(not stacked)
+    return {name: kind for name, kind in faults.items() if kind}
 
 
 def _write_config(folder: Path, vocab_size: int, dtypes: dict[str, np.dtype]) -> None:

@@ -18,9 +18,12 @@ def added_rows(checkpoint: SafetensorsFolder, table: str, count: int, seed: int)
     Statistics are in float32, as in HF. Where the covariance is not positive definite, above all with fewer rows than columns, every
     new row is the mean, as in HF.
     """
+    tensor = checkpoint.tensors[table]
+    if not count:
+        return np.empty((0, *tensor.shape[1:]), tensor.dtype)
+
     import torch
 
-    tensor = checkpoint.tensors[table]
     rows, width = tensor.shape
     blocks = range(0, rows, BLOCK)
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import threading
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from llasa_jax.convert.hf_files import (
     load_tokenizer,
     read_json,
     speaks,
+    vocabulary,
     write_generation_config,
     write_json,
 )
@@ -32,6 +35,7 @@ from llasa_jax.model_folder import HF_FOLDER, PARAMS, write_description
 from llasa_jax.vocab import extend_tokenizer
 
 COMPARED_ROWS = 4096
+WORKERS = 4  # threads, each with one tensor in memory
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 NOT_DOWNLOADED = ["original/*", "onnx/*", "consolidated*"]
 
@@ -40,22 +44,22 @@ def import_hf(source: str | Path, destination: Path, *, dtype: str | None = None
     """Makes the model's folder `destination` from `source`, an HF checkpoint's folder or hub id.
 
     Weights stay in their own types, bit for bit, unless `dtype` ("float32", "bfloat16", "float16") is given. `extend_vocab` adds Llasa's
-    speech tokens to a text model's tokenizer and tables, with rows drawn by `seed`. Memory stays below a layer's or table's few
-    hundred MB whatever the model's size. Raises UserError for every input that is not such a checkpoint; then nothing is left behind.
+    speech tokens to a text model's tokenizer and tables, with rows drawn by `seed`. At most four tensors, of tables a piece, are in
+    memory at a time, whatever the model's size. Raises UserError for what is no such checkpoint; then nothing is left behind.
     Warns of a NaN in a weight, and of a head beside a tied embedding that differs from it.
     """
     folder, name = locate(str(source))
     config = model_config(read_json(folder / CONFIG), folder / CONFIG)
     checkpoint = SafetensorsFolder(folder)
     table = check_names({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config, str(folder))
-    tokenizer = load_tokenizer(folder)
+    tokens = vocabulary(folder)
     old_vocab = config.vocab_size
     if extend_vocab:
-        config = _extended(config, tokenizer, folder)
-    elif tokenizer is None:
+        config, tokenizer = _extended(config, tokens, folder)
+    elif not tokens:
         warnings.warn(f"{folder} has no tokenizer, so the model can neither be trained nor speak; add its tokenizer files", stacklevel=2)
-    elif len(tokenizer) > old_vocab:
-        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {old_vocab}; they are no pair")
+    elif max(tokens.values()) >= old_vocab:
+        raise UserError(f"{folder}: the tokenizer has {max(tokens.values()) + 1} tokens and the model {old_vocab}; they are no pair")
     if config.tie_word_embeddings and {EMBED, HEAD} <= checkpoint.tensors.keys():
         _compare_head(checkpoint)
 
@@ -67,9 +71,21 @@ def import_hf(source: str | Path, destination: Path, *, dtype: str | None = None
         if extend_vocab:
             _write_extended(partial / HF_FOLDER, tokenizer)
         writer = ParamsWriter(partial / PARAMS, config, dtypes)
-        for hf_name, place in tqdm(table.items(), "importing", unit="tensor", disable=None):
-            added = added_rows(checkpoint, hf_name, config.vocab_size - old_vocab, seed) if place.path in ("embed", "head") else None
-            _import_tensor(checkpoint, hf_name, place, config, dtypes[place.path], writer, added)
+
+        # Each thread reads layers into memory of its own, again and again: fresh pages take as long to clear as to fill.
+        own = threading.local()
+        largest = max(checkpoint.tensors[name].bytes for name, place in table.items() if place.layer is not None)
+
+        def convert(item: tuple[str, Place]) -> list[str]:
+            name, place = item
+            count = config.vocab_size - old_vocab if place.path in ("embed", "head") else 0
+            added = added_rows(checkpoint, name, count, seed)
+            return _import_tensor(checkpoint, name, place, config, dtypes[place.path], writer, added, own.memory)
+
+        with ThreadPoolExecutor(WORKERS, initializer=lambda: setattr(own, "memory", np.empty(largest, np.uint8))) as pool:
+            for faults in tqdm(pool.map(convert, table.items()), "importing", len(table), unit="tensor", disable=None):
+                for fault_ in faults:
+                    warnings.warn(fault_, stacklevel=2)
         write_description(partial, config, {"base_model": name, **licence(folder), **_original_dtypes(found)})
 
 
@@ -99,8 +115,10 @@ def _import_tensor(
     config: ModelConfig,
     dtype: np.dtype,
     writer: ParamsWriter,
-    added: np.ndarray | None,
-) -> None:
+    added: np.ndarray,
+    memory: np.ndarray,
+) -> list[str]:
+    """Copies one tensor, followed by the rows `added`, and tells what is wrong in it."""
     shape = our_shapes(config)[place.path]
     faults = set()
 
@@ -110,19 +128,18 @@ def _import_tensor(
         writer.write(place.path, piece, index)
 
     if place.layer is not None:
-        put(checkpoint.read(name).reshape(shape[1:]), place.layer)
-    elif added is None:
+        put(checkpoint.read(name, memory=memory).reshape(shape[1:]), place.layer)
+    elif len(shape) == 1:
         put(checkpoint.read(name), None)
     else:
         rows, old = writer.rows(place.path), place.shape[0]
-        for index in range(shape[0] // rows):
-            start = index * rows
+        for index, start in enumerate(range(0, shape[0], rows)):
             known = checkpoint.read(name, start, start + rows) if start < old else added[:0]
             new = added[max(0, start - old) : max(0, start + rows - old)]
             padding = np.zeros((rows - len(known) - len(new), shape[1]), added.dtype)
             put(np.concatenate([known, new, padding]) if len(known) < rows else known, index)
-    for kind in sorted(faults - {""}):
-        warnings.warn(f"{checkpoint.tensors[name].file}: {name} contains {kind} as {dtype}; use another checkpoint or type", stacklevel=3)
+    where = checkpoint.tensors[name].file
+    return [f"{where}: {name} contains {kind} as {dtype}; use another checkpoint or type" for kind in sorted(faults - {""})]
 
 
 def _dtypes(checkpoint: SafetensorsFolder, table: dict[str, Place], mixed_is_fine: bool) -> dict[str, np.dtype]:
@@ -157,16 +174,17 @@ def _compare_head(checkpoint: SafetensorsFolder) -> None:
     )
 
 
-def _extended(config: ModelConfig, tokenizer, folder: Path) -> ModelConfig:
-    """The geometry with the speech tokens, which are added to `tokenizer`."""
-    if tokenizer is None:
+def _extended(config: ModelConfig, tokens: dict[str, int], folder: Path):
+    """The geometry and the tokenizer with the speech tokens."""
+    if not tokens:
         raise UserError(f"{folder} has no tokenizer to extend; add its tokenizer files")
-    if speaks(tokenizer):
+    if speaks(tokens):
         raise UserError(f"{folder} has the speech tokens already; import it without --extend-vocab")
+    tokenizer = load_tokenizer(folder)
     extend_tokenizer(tokenizer)
     if len(tokenizer) < config.vocab_size:
         raise UserError(f"{folder}: the tables have {config.vocab_size} rows, more than the {len(tokenizer)} of the extended tokenizer")
-    return dataclasses.replace(config, vocab_size=len(tokenizer))
+    return dataclasses.replace(config, vocab_size=len(tokenizer)), tokenizer
 
 
 def _write_extended(hf: Path, tokenizer) -> None:
@@ -174,4 +192,4 @@ def _write_extended(hf: Path, tokenizer) -> None:
         (hf / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(hf)
     write_json(hf / CONFIG, {**read_json(hf / CONFIG), "vocab_size": len(tokenizer)})
-    write_generation_config(hf, tokenizer)
+    write_generation_config(hf, tokenizer.get_vocab())

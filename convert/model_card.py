@@ -50,23 +50,25 @@ def _training(source: Path, step: int | None) -> list[str]:
     if step is None or not path.is_file():
         return []
     settings = yaml.safe_load(path.read_text())
-    told = {group: values for group, values in settings.items() if group not in ("out", "log", "prompt")}
-    for group in ("model", "data"):
-        told[group] = {name: Path(value).name if name == "path" else value for name, value in told.get(group, {}).items()}
-    sources = [{**source, "path": Path(source["path"]).name} for source in told["data"].get("sources", [])]
-    told["data"] |= {"sources": sources} if sources else {}
-    names = ", ".join(f"`{each.get('path', '')}`" for each in sources or [told["data"]])
+    told = _without_folders({group: values for group, values in settings.items() if group not in ("out", "log", "prompt")})
+    data = told.get("data", {})
+    names = ", ".join(f"`{each.get('path', '')}`" for each in data.get("sources") or [data])
     parts = [
         "## Training",
         f"Data: {names}. All settings:",
         f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```",
     ]
-    numbers = _last_numbers(source / METRICS, step)
-    return (
-        [*parts, "At the end: " + ", ".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in numbers.items())]
-        if numbers
-        else parts
-    )
+    numbers = ", ".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in _last_numbers(source / METRICS, step).items())
+    return [*parts, f"At the end: {numbers}"] if numbers else parts
+
+
+def _without_folders(value):
+    """The same settings with only the last part of every path: where things lie on this machine is nobody's business."""
+    if isinstance(value, dict):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and "/" in value else value
 
 
 def _last_numbers(path: Path, step: int) -> dict[str, float]:

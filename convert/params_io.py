@@ -15,11 +15,11 @@ import numpy as np
 
 from llasa_jax.config import ModelConfig
 from llasa_jax.convert.names import our_axes, our_shapes
-from llasa_jax.convert.safetensors_io import write_all
+from llasa_jax.convert.safetensors_io import write_at
 from llasa_jax.errors import UserError
 
 D_CHUNKS = 8  # the devices of one host: the usual size of the `fsdp` axis, which D is split over
-PIECE_BYTES = 64 << 20  # of a table, read or written at a time
+PIECE_BYTES = 16 << 20  # of a table, read or written at a time
 ZARR_DTYPES = {np.dtype(np.float32): "<f4", np.dtype(np.float16): "<f2", np.dtype(ml_dtypes.bfloat16): "bfloat16"}
 
 
@@ -75,7 +75,7 @@ class ParamsWriter:
             key[0] = index or 0
             key[d] += part
             with (self._where / path / ".".join(map(str, key))).open("wb", buffering=0) as file:
-                write_all(file, slab)
+                write_at(file.fileno(), 0, slab)
 
 
 class ParamsReader:
@@ -97,8 +97,9 @@ class ParamsReader:
             kvstore = {"driver": "file", "path": f"{self.where}/{path}/"}
             if layout["use_ocdbt"]:
                 kvstore = {"driver": "ocdbt", "base": f"file://{self.where}/", "path": f"{path}/"}
+            spec = {"driver": "zarr3" if layout["use_zarr3"] else "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
             try:
-                array = ts.open({"driver": "zarr3" if layout["use_zarr3"] else "zarr", "kvstore": kvstore}, open=True, read=True).result()
+                array = ts.open(spec, open=True, read=True).result()
             except ValueError as error:
                 raise UserError(f"{where} holds no readable {path} ({_first_line(error)}); use another checkpoint") from error
             if array.shape != shape:

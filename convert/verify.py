@@ -38,7 +38,9 @@ class Verification:
     def check(self) -> None:
         """UserError where the two do not compute the same."""
         if not self.equal:
-            raise UserError(f"the exported checkpoint does not compute what ours does ({self}); please report this")
+            raise UserError(
+                f"the Hugging Face checkpoint and ours do not compute the same ({self}); one of them is damaged, or of another step"
+            )
 
     def __str__(self) -> str:
         return (

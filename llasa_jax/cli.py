@@ -37,7 +37,7 @@ def _export_hf(args) -> None:
 def _verify(args) -> None:
     from llasa_jax.convert.verify import verify
 
-    verify(args.hf, args.model, step=args.step)
+    verify(args.hf, args.model, step=args.step).check()
 
 
 def _encode(args) -> None:
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.settings = rest
     warnings.showwarning = lambda message, *_, **__: print(f"llasa-jax: warning: {message}", file=sys.stderr)
-    for chatty in ("absl", "orbax", "jax"):
+    for chatty in ("absl", "orbax", "jax", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

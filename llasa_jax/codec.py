@@ -49,7 +49,7 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec"
 
     name = str(name)
     is_folder = Path(name).is_dir()
-    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"{name}: no such codec folder; give a folder, or a name on the hub such as {DEFAULT_CODEC}.")
     if is_folder and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name}: no codec, it has no config.json; give a folder with an XCodec2 checkpoint in transformers' format.")
