@@ -1,15 +1,16 @@
 """The training loop, in the order in which it happens."""
 
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from transformers import AutoTokenizer
 
-from llasa_jax import model_folder, run_folder
+from llasa_jax import hosts, model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
 from llasa_jax.batching import BatchShape, batches, measure
 from llasa_jax.checkpoint import Checkpoints
@@ -60,9 +61,6 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     host = (jax.process_index(), jax.process_count())
     pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed, "process": host}
 
-    def validation_batches() -> Iterable[dict]:
-        return batches(validation, prompter, shape, **pipeline, repeat=False)
-
     with run_folder.claimed(run, settings):
         # The state, new or gone back to
         data = iter(batches(records, prompter, shape, **pipeline))
@@ -83,8 +81,9 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
             progress = Progress(metrics, throughput, LossAlarm(config.vocab_size), schedule, settings.log.every, steps)
             for step in range(start + 1, steps + 1):
                 with throughput.waiting(progress.computing):
-                    batch = _place(next(data), step_functions)
-                params, opt_state, numbers = step_functions.train(params, opt_state, batch)
+                    batch = next(data)
+                    placed = _place(batch, step_functions)
+                params, opt_state, numbers = step_functions.train(params, opt_state, placed)
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()
 
@@ -96,7 +95,9 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
                 with throughput.pause():
                     for_best = save and settings.train.keep_best
                     if validation is not None and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
-                        validation_loss = _validate(step, step_functions, params, validation_batches, metrics)
+                        held_out = batches(validation, prompter, shape, **pipeline, repeat=False)
+                        held_out = hosts.evenly(held_out, jax.tree.map(np.zeros_like, batch))
+                        validation_loss = _validate(step, step_functions, params, held_out, metrics)
                     if save:
                         checkpoints.save(step, params, opt_state, data, validation_loss)
                     if samples and not stopping and (step % settings.log.samples_every == 0 or last):
@@ -112,10 +113,10 @@ def train(settings: Settings, records: Sequence[Utterance], validation: Sequence
     return run
 
 
-def _validate(step: int, step_functions: TrainStep, params: dict, make_batches: Callable[[], Iterable[dict]], metrics: Metrics) -> float:
+def _validate(step: int, step_functions: TrainStep, params: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
     """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target."""
     sums: dict[str, float] = {}
-    for batch in make_batches():
+    for batch in held_out:
         for name, value in step_functions.validate(params, _place(batch, step_functions)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
