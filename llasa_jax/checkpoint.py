@@ -12,10 +12,9 @@ from pathlib import Path
 
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from llasa_jax import hosts
 from llasa_jax.errors import UserError
 from llasa_jax.model_folder import CHECKPOINTS, PARAMS, saved_steps
 from llasa_jax.run_folder import is_full
@@ -89,8 +88,8 @@ class Checkpoints:
                 failure = ""
             except Exception as error:  # noqa: BLE001 Orbax, TensorStore and JSON each raise their own kinds
                 failure = " ".join(str(error).split())[:200]
-            if _on_any_host(bool(failure)):
-                damaged[step] = failure
+            if hosts.largest(bool(failure)):
+                damaged[step] = failure or "another host cannot read it"
                 continue
             self._move_aside(damaged)
             return step, restored[PARAMS], restored[OPTIMIZER]
@@ -163,9 +162,5 @@ class Checkpoints:
                 (self._folder / str(step)).rename(there)
             self._losses.pop(step, None)
         if damaged:
-            _on_any_host(True)  # nobody looks before all is moved
+            hosts.largest(0)  # nobody looks before all is moved
             self._manager.reload()
-
-
-def _on_any_host(value: bool) -> bool:
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(value)))) if jax.process_count() > 1 else value

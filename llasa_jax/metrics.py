@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from llasa_jax.errors import UserError
@@ -20,13 +21,16 @@ class Metrics:
     """
 
     def __init__(self, run: Path, settings: LogSettings, last_step: int):
+        self._file = self._tensorboard = self._wandb = None
+        self._complained = False
+        if jax.process_index():
+            return  # the first host writes for all
         path = run / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step] if path.is_file() else []
         write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("ab", buffering=0)
-        self._complained = False
-        self._tensorboard = _TensorBoard(run / "tensorboard", last_step + 1) if settings.tensorboard else None
-        self._wandb = None
+        if settings.tensorboard:
+            self._tensorboard = _TensorBoard(run / "tensorboard", last_step + 1)
         if settings.wandb:
             try:
                 import wandb
@@ -35,8 +39,9 @@ class Metrics:
             self._wandb = wandb.init(project=settings.wandb, dir=str(run), id=run.absolute().name, resume="allow")
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        with self._forgiving():
-            self._file.write((json.dumps({"step": step, **numbers}) + "\n").encode())
+        if self._file:
+            with self._forgiving():
+                self._file.write((json.dumps({"step": step, **numbers}) + "\n").encode())
         if self._tensorboard:
             with self._forgiving():
                 self._tensorboard.scalars(step, numbers)
@@ -57,8 +62,9 @@ class Metrics:
         return self
 
     def __exit__(self, *error):
-        with self._forgiving():
-            self._file.close()
+        if self._file:
+            with self._forgiving():
+                self._file.close()
         if self._tensorboard:
             with self._forgiving():
                 self._tensorboard.close()

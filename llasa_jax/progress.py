@@ -36,7 +36,7 @@ class Progress:
             return
         step, numbers, slots = self._pending
         self._pending = None
-        numbers = {name: float(value) for name, value in numbers.items()}
+        numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
         for name in ("loss", "grad_norm"):
             if not np.isfinite(numbers[name]):
                 raise UserError(

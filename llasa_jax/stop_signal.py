@@ -2,9 +2,7 @@
 
 import signal
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from llasa_jax import hosts
 
 
 class StopSignal:
@@ -15,8 +13,7 @@ class StopSignal:
 
     def agreed(self) -> int:
         """The signal that any host has received, 0 if none: all hosts stop after the same step. All must ask."""
-        if jax.process_count() > 1:
-            self.received = int(np.max(multihost_utils.process_allgather(np.int32(self.received))))
+        self.received = hosts.largest(self.received)
         return self.received
 
     def _note(self, number, frame):

@@ -1,14 +1,15 @@
 """The training loop, in the order in which it happens."""
 
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from transformers import AutoTokenizer
 
-from llasa_jax import model_folder, run_folder
+from llasa_jax import hosts, model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
 from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
@@ -69,9 +70,6 @@ def train(
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
-    def validation_batches() -> Iterable[dict]:
-        return batches(held_out, shape, **pipeline, repeat=False)
-
     with run_folder.claimed(run, settings, codec):
         # The state, new or gone back to
         data = iter(batches(sources, shape, **pipeline))
@@ -92,9 +90,10 @@ def train(
             progress = Progress(metrics, throughput, LossAlarm(config.vocab_size), schedule, settings.log.every, steps)
             for step in range(start + 1, steps + 1):
                 with throughput.waiting(progress.computing):
-                    batch = _place(next(data), step_functions)
+                    batch = next(data)
+                    placed = _place(batch, step_functions)
                 profiler.before(step, params)
-                params, opt_state, numbers = step_functions.train(params, opt_state, batch)
+                params, opt_state, numbers = step_functions.train(params, opt_state, placed)
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()
 
@@ -106,7 +105,8 @@ def train(
                 with throughput.pause():
                     for_best = save and settings.train.keep_best
                     if held_out and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
-                        validation_loss = _validate(step, step_functions, params, validation_batches, metrics)
+                        unseen = hosts.evenly(batches(held_out, shape, **pipeline, repeat=False), jax.tree.map(np.zeros_like, batch))
+                        validation_loss = _validate(step, step_functions, params, unseen, metrics)
                     if save:
                         checkpoints.save(step, params, opt_state, data, validation_loss)
                     if samples and not stopping and (step % settings.log.samples_every == 0 or last):
@@ -122,10 +122,10 @@ def train(
     return run
 
 
-def _validate(step: int, step_functions: TrainStep, params: dict, make_batches: Callable[[], Iterable[dict]], metrics: Metrics) -> float:
+def _validate(step: int, step_functions: TrainStep, params: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
     """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target."""
     sums: dict[str, float] = {}
-    for batch in make_batches():
+    for batch in held_out:
         for name, value in step_functions.validate(params, _place(batch, step_functions)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
