@@ -55,7 +55,10 @@ class TrainStep:
 
         batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")} | {"loss_mask": array(jnp.bool_)}
         platform = self.mesh.devices.flat[0].platform
-        return self.train.trace(self.params, self.opt_state, batch).lower(lowering_platforms=(platform,)).compile()
+        lowered = self.train.trace(self.params, self.opt_state, batch).lower(
+            lowering_platforms=("cuda" if platform == "gpu" else platform,)
+        )
+        return lowered.compile()
 
     def _abstract_opt_state(self):
         """The optimizer's state as shapes: moments lie where their parameters lie, counters and factored moments everywhere."""
