@@ -90,7 +90,8 @@ def main() -> None:
     print(f"{datetime.date.today()}, {os.cpu_count()}-core {platform.machine()} VM, {memory:.0f} GB; {versions}")
     print("Others' work on the same cores lowers tokens/s, but hardly tokens/CPU s: one thread's worth of work, as Python allows no more.")
     print(f"load before: {os.getloadavg()[0]:.1f} (2 cores are full at 2)")
-    print(f"{'records':>10} {'tokens/s':>10} {'tokens/CPU s':>13} {'rows full':>10} {'first batch':>12} {'against the smallest':>21}")
+    heads = {"records": 10, "tokens/s": 10, "tokens/CPU s": 13, "rows full": 10, "first batch": 12, "to the smallest": 16, "CPU to it": 10}
+    print(" ".join(f"{head:>{width}}" for head, width in heads.items()))
     with tempfile.TemporaryDirectory() as scratch:
         base, folders = None, []
         for records in sorted(args.records):
