@@ -84,9 +84,11 @@ def write_import(
             result.bad += bad
 
         metadata = {"codec": codec_name, "fingerprint": UNKNOWN_CODEC, "hop": HOP, "sample_rate": SAMPLE_RATE}
-        write_dataset(out, {split: checked(split, rows) for split, rows in splits.items()}, metadata)
-    if not bad_path.stat().st_size:
-        bad_path.unlink()
+        try:
+            write_dataset(out, {split: checked(split, rows) for split, rows in splits.items()}, metadata)
+        finally:
+            if not bad_file.tell():
+                bad_path.unlink()
     counts = ", ".join(f"{count} {split}" for split, count in sorted(result.splits.items()))
     notes = {"bad": result.bad, "cut": result.excused, "kept with a note": result.noted}
     listed = ", ".join(f"{count} {what}" for what, count in notes.items() if count)

@@ -266,6 +266,14 @@ def test_order_on_disk_depends_on_the_ids_only(dataset, tmp_path):
     assert [r["id"] for r in open_dataset(tmp_path / "d", "train")] == [r["id"] for r in open_dataset(dataset, "train")]
 
 
+def test_large_splits_are_many_small_files(dataset, tmp_path, monkeypatch):
+    """ArrayRecord's reads grow slower with the records of a file; the order is that of one file."""
+    monkeypatch.setattr("llasa_jax.data.builder.RECORDS_A_FILE", 12)
+    write_dataset(tmp_path / "d", {"train": (example(str(i), [i]) for i in range(50))}, {})
+    assert len(list((tmp_path / "d").glob("*array_record*"))) == 4
+    assert [r["id"] for r in open_dataset(tmp_path / "d", "train")] == [r["id"] for r in open_dataset(dataset, "train")]
+
+
 def test_a_dataset_that_is_none_has_no_such_split_or_lost_a_file(dataset, tmp_path):
     with pytest.raises(UserError, match="no dataset of codes"):
         open_dataset(tmp_path / "none", "train")
