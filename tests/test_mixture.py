@@ -28,7 +28,7 @@ def prompters():
 
 @pytest.fixture(scope="module")
 def sources(prompters):
-    """Nine parts speech, one part chat; as many again of the same speech to be transcribed would be a third source."""
+    """Nine parts speech, one part chat."""
     rng = np.random.default_rng(0)
     speech = [Utterance("some words", rng.integers(0, 65_536, 20 + i % 90).astype(np.uint16), f"clip{i}") for i in range(90)]
     turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "the lazy dog"}]
@@ -65,6 +65,12 @@ def test_order(sources):
         assert len(epochs) == 2
         assert set(epochs[0]) == set(epochs[1]) == {record.id for record in sources[source].records}
         assert epochs[0] != epochs[1]
+
+
+def test_one_dataset_under_two_tasks_is_in_two_orders(sources):
+    draws = [drawn([sources[0]] * 2, 3)[k] for k in range(360)]
+    first, second = ([record.id for i, record in draws if i == source] for source in range(2))
+    assert len({tuple(ids[at : at + 90]) for ids in (first, second) for at in (0, 90)}) == 4
 
 
 def test_an_epoch_is_one_pass_over_the_first_source(sources):
