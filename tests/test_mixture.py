@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llasa_jax.batching import BatchShape, Mix, Source, batches, drawn, draws_per_epoch, measure
+from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.conversations import Conversations
 from llasa_jax.data.records import open_sources
 from llasa_jax.errors import UserError
@@ -171,6 +172,18 @@ def test_bad_files(tmp_path):
     chat = SourceSettings(path=str(tmp_path / "c.jsonl"), validation_split="validation", prompt=PromptSettings(task="chat"))
     with pytest.raises(UserError, match="c.jsonl: a file of conversations has no splits"):
         open_sources([chat])
+
+
+def test_codes_of_two_codecs_do_not_mix(tmp_path):
+    record = {"id": "a", "text": "b", "codes": np.zeros(3, np.uint16), "speaker": "", "description": "", "language": ""}
+    for name, codec in (("one", "x"), ("same", "x"), ("other", "y")):
+        write_dataset(tmp_path / name, {"train": [record]}, {"codec": "c", "fingerprint": codec})
+    one, same, other = (SourceSettings(path=str(tmp_path / name), prompt=PromptSettings()) for name in ("one", "same", "other"))
+    records, validation = open_sources([one, same])
+    assert [len(each) for each in records] == [1, 1]
+    assert validation == [None, None]
+    with pytest.raises(UserError, match="one and .*other were made with different codecs"):
+        open_sources([one, same, other])
 
 
 SOURCES = [
