@@ -209,7 +209,7 @@ def batches(
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Which of `lengths` go together into rows of `capacity`, as lists of indices: the longest first, each where it fits most tightly.
 
-    The rows come in the order of their longest clips' indices, which says nothing about how full they are.
+    The rows come shuffled, seeded by the lengths as they were drawn: in the order of packing, rows of many short clips would be last.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # what is free in each row, and the row, in order
@@ -220,7 +220,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             rows.append([])
         rows[row].append(clip)
         bisect.insort(room, (free - lengths[clip], row))
-    return sorted(rows, key=lambda row: row[0])
+    return [rows[i] for i in np.random.default_rng([*lengths]).permutation(len(rows))]
 
 
 class _ToRows(grain.experimental.FlatMapTransform):

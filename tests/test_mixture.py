@@ -29,7 +29,7 @@ def prompters():
 
 @pytest.fixture(scope="module")
 def sources(prompters):
-    """Nine parts speech, one part chat; as many again of the same speech to be transcribed would be a third source."""
+    """Nine parts speech, one part chat."""
     rng = np.random.default_rng(0)
     speech = [Utterance("some words", rng.integers(0, 65_536, 20 + i % 90).astype(np.uint16), f"clip{i}") for i in range(90)]
     turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "the lazy dog"}]
@@ -66,6 +66,12 @@ def test_order(sources):
         assert len(epochs) == 2
         assert set(epochs[0]) == set(epochs[1]) == {record.id for record in sources[source].records}
         assert epochs[0] != epochs[1]
+
+
+def test_one_dataset_under_two_tasks_is_in_two_orders(sources):
+    draws = [drawn([sources[0]] * 2, 3)[k] for k in range(360)]
+    first, second = ([record.id for i, record in draws if i == source] for source in range(2))
+    assert len({tuple(ids[at : at + 90]) for ids in (first, second) for at in (0, 90)}) == 4
 
 
 def test_an_epoch_is_one_pass_over_the_first_source(sources):
@@ -166,6 +172,18 @@ def test_bad_files(tmp_path):
     chat = SourceSettings(path=str(tmp_path / "c.jsonl"), validation_split="validation", prompt=PromptSettings(task="chat"))
     with pytest.raises(UserError, match="c.jsonl: a file of conversations has no splits"):
         open_sources([chat])
+
+
+def test_codes_of_two_codecs_do_not_mix(tmp_path):
+    record = {"id": "a", "text": "b", "codes": np.zeros(3, np.uint16), "speaker": "", "description": "", "language": ""}
+    for name, codec in (("one", "x"), ("same", "x"), ("other", "y")):
+        write_dataset(tmp_path / name, {"train": [record]}, {"codec": "c", "fingerprint": codec})
+    one, same, other = (SourceSettings(path=str(tmp_path / name), prompt=PromptSettings()) for name in ("one", "same", "other"))
+    records, validation = open_sources([one, same])
+    assert [len(each) for each in records] == [1, 1]
+    assert validation == [None, None]
+    with pytest.raises(UserError, match="one and .*other were made with different codecs"):
+        open_sources([one, same, other])
 
 
 SOURCES = [
