@@ -20,7 +20,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
 
 import numpy as np  # noqa: E402
 
-from llasa_jax.batching import BatchShape, batches  # noqa: E402
+from llasa_jax.batching import BatchShape, Source, batches  # noqa: E402
 from llasa_jax.data.builder import write_dataset  # noqa: E402
 from llasa_jax.data.records import open_utterances  # noqa: E402
 from llasa_jax.prompts import Prompter  # noqa: E402
@@ -65,7 +65,7 @@ def build(folder: Path, records: int, base: Path | None) -> None:
 def measure(folder: Path, prompter: Prompter, seconds: float) -> dict:
     started = time.perf_counter()
     records = open_utterances(folder, "train")
-    data = iter(batches(records, prompter, SHAPE, seed=0))
+    data = iter(batches([Source(records, prompter)], SHAPE, seed=0))
     next(data)
     first = time.perf_counter() - started
     for _ in range(5):

@@ -29,19 +29,10 @@ def open_utterances(folder: str | os.PathLike, split: str) -> Utterances:
 
 
 def open_sources(sources: Sequence[SourceSettings]) -> tuple[list[Sequence], list[Sequence | None]]:
-    """The training records and the validation records (None where there is no such split) of each source.
-
-    UserError if one is not there, or if their codes were made with different codecs.
-    """
-    train = [_open(source, source.split) for source in sources]
-    validation = [_open(source, source.validation_split) if source.validation_split else None for source in sources]
-    made_by = {}
-    for source in sources:
-        if source.prompt.task != "chat" and (codec := read_metadata(source.path).get("fingerprint")):
-            made_by.setdefault(codec, source.path)
-    if len(made_by) > 1:
-        raise UserError(f"{' and '.join(made_by.values())} were made with different codecs, so their codes differ; encode them with one")
-    return train, validation
+    """The training records and the validation records (None where there is no such split) of each source. UserError if one is not there."""
+    return [_open(source, source.split) for source in sources], [
+        _open(source, source.validation_split) if source.validation_split else None for source in sources
+    ]
 
 
 def codec_of(sources: Sequence[SourceSettings]) -> dict[str, str]:

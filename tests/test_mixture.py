@@ -174,24 +174,6 @@ def test_bad_files(tmp_path):
         open_sources([chat])
 
 
-def test_codes_of_two_codecs_do_not_mix(tmp_path):
-    record = {"id": "a", "text": "b", "codes": np.zeros(3, np.uint16), "speaker": "", "description": "", "language": ""}
-    for name, codec in (("one", "x"), ("same", "x"), ("other", "y")):
-        write_dataset(tmp_path / name, {"train": [record]}, {"codec": "c", "fingerprint": codec})
-    one, same, other = (SourceSettings(path=str(tmp_path / name), prompt=PromptSettings()) for name in ("one", "same", "other"))
-    records, validation = open_sources([one, same])
-    assert [len(each) for each in records] == [1, 1]
-    assert validation == [None, None]
-    with pytest.raises(UserError, match="one and .*other were made with different codecs"):
-        open_sources([one, same, other])
-
-
-SOURCES = [
-    {"path": "voice", "weight": 0.9, "validation_split": "validation"},
-    {"path": "c.jsonl", "weight": 0.1, "prompt": {"task": "chat"}},
-]
-
-
 def write(tmp_path, **changes):
     path = tmp_path / "recipe.yaml"
     path.write_text(
