@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from llasa_jax import hosts
 from llasa_jax.errors import UserError
-from llasa_jax.model_folder import CHECKPOINTS, PARAMS, saved_steps
+from llasa_jax.model_folder import CHECKPOINTS, PARAMS, chunking, saved_steps
 from llasa_jax.run_folder import is_full
 
 OPTIMIZER, DATA, ABOUT = "optimizer", "data", "about"
@@ -47,7 +47,7 @@ class Checkpoints:
         if validation_loss is not None:
             self._losses[step] = validation_loss
         items = {
-            PARAMS: ocp.args.StandardSave(params),
+            PARAMS: ocp.args.StandardSave(params, save_args=chunking(params)),
             OPTIMIZER: ocp.args.StandardSave(opt_state),
             DATA: grain.checkpoint.CheckpointSave(data),
             ABOUT: ocp.args.JsonSave(self._place | {"validation_loss": validation_loss}),

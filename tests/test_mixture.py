@@ -174,6 +174,12 @@ def test_bad_files(tmp_path):
         open_sources([chat])
 
 
+SOURCES = [
+    {"path": "voice", "weight": 0.9, "validation_split": "validation"},
+    {"path": "c.jsonl", "weight": 0.1, "prompt": {"task": "chat"}},
+]
+
+
 def write(tmp_path, **changes):
     path = tmp_path / "recipe.yaml"
     path.write_text(
