@@ -1,6 +1,7 @@
 """Checkpoints: damage of every kind, what is kept, errors that come late, and resuming where the place in the data has no meaning."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -17,6 +18,14 @@ from llasa_jax.model_folder import saved_steps
 
 # Orbax leaves other reads behind when one fails, and they complain on their own.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def hear_complaints_here():
+    yield
+    gc.collect()
+
+
 ABSTRACT = {"a": jax.ShapeDtypeStruct((40, 30), jnp.float32), "b": {"c": jax.ShapeDtypeStruct((10,), jnp.float32)}}
 
 
