@@ -119,6 +119,23 @@ def test_remat_and_chunks_change_nothing():
     np.testing.assert_allclose([m["loss"] for m in plain], [m["loss"] for m in again], rtol=1e-6)
 
 
+def test_adafactor_learns_alike_on_every_mesh():
+    settings = dataclasses.replace(OPTIMIZER, name="adafactor")
+    losses = []
+    for mesh in (make_mesh(1, 1, 1, devices=jax.devices()[:1]), make_mesh(2, 2, 2)):
+        config = config_of(hf_llama())
+        functions = TrainStep(config, ModelSettings(dtype="float32", loss_chunk=16), make_optimizer(settings, STEPS), mesh)
+        params = jax.device_put(params_of(hf_llama()), parameter_shardings(config, mesh))
+        opt_state, batch = functions.init(params), jax.device_put(next(make_batches()), functions.batch_sharding)
+        of_mesh = []
+        for _ in range(6):
+            params, opt_state, metrics = functions.train(params, opt_state, batch)
+            of_mesh.append(float(metrics["loss"]))
+        losses.append(of_mesh)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.05
+
+
 def test_validation_averages_the_same_loss_and_counts_codes():
     hf = hf_llama()
     mesh = make_mesh()
