@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jax
 
 from llasa_jax.config import ModelConfig
+from llasa_jax.flops import model_flops_per_token
 from llasa_jax.vocab import CODES_PER_SECOND
 
 WINDOW = 50
@@ -30,18 +31,6 @@ def peak_flops(device: jax.Device) -> float | None:
     """The device's peak FLOP/s in bfloat16, None where it is not known, as for CPUs."""
     matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
-
-
-def model_flops_per_token(config: ModelConfig, context: float) -> float:
-    """FLOPs of training on one token that attends to `context` tokens (on average, itself included): forward, and twice that backward.
-
-    Counts the matrix products of the model alone, two FLOPs a multiplication; what is recomputed to save memory counts as nothing.
-    """
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = 2 * config.hidden_size * heads * config.head_dim + 2 * config.num_attention_heads * config.head_dim * context
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    head = config.hidden_size * config.vocab_size
-    return 3 * 2 * (config.num_hidden_layers * (attention + mlp) + head)
 
 
 class Throughput:

@@ -8,7 +8,8 @@ from reference import config_of, hf_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from llasa_jax import throughput
-from llasa_jax.throughput import Throughput, model_flops_per_token, peak_flops
+from llasa_jax.flops import model_flops_per_token
+from llasa_jax.throughput import Throughput, peak_flops
 
 
 @pytest.mark.parametrize("tied", [True, False])
