@@ -19,8 +19,8 @@ from llasa_jax.convert.safetensors_io import SINGLE, SafetensorsFolder
 from llasa_jax.errors import UserError
 from llasa_jax.model_folder import HF_FOLDER, read_description
 from llasa_jax.prompts import Prompter, PromptSettings
+from llasa_jax.run_folder import SETTINGS_FILE
 from llasa_jax.tiny_llama import make_tiny_llama, make_tiny_tokenizer
-from llasa_jax.train import SETTINGS_FILE
 from llasa_jax.vocab import NUM_CODES, SpeechVocab
 
 TEXT = "The quick brown fox jumps over the lazy dog."
