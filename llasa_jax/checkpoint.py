@@ -151,12 +151,12 @@ class Checkpoints:
 
     def _move_aside(self, damaged: dict[int, str]) -> None:
         for step, failure in damaged.items():
-            there = self._folder.parent / DAMAGED / str(step)
-            warnings.warn(
-                f"the checkpoint of step {step} is damaged and is passed over for the one before; it is now in {there}: {failure}",
-                stacklevel=3,
-            )
             if jax.process_index() == 0:
+                there = self._folder.parent / DAMAGED / str(step)
+                warnings.warn(
+                    f"the checkpoint of step {step} is damaged and is passed over for the one before; it is now in {there}: {failure}",
+                    stacklevel=3,
+                )
                 shutil.rmtree(there, ignore_errors=True)
                 there.parent.mkdir(exist_ok=True)
                 (self._folder / str(step)).rename(there)
