@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llasa_jax.batching import BatchShape, Mix, Source, batches, drawn, draws_per_epoch, measure
+from llasa_jax.batching import BatchShape, HostShare, Mix, Source, batches, drawn, draws_per_epoch, measure
 from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.conversations import Conversations
 from llasa_jax.data.records import open_sources
@@ -108,6 +108,17 @@ def test_the_same_on_any_number_of_hosts(sources):
         first = [part[: 100 // hosts] for part in parts]
         expected = [prompters[i].example(record).tokens.tobytes() for i, record in (drawn(sources, 3)[k] for k in range(100))]
         assert Counter(sum(first, [])) == Counter(expected)
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 8])
+def test_hosts_share_every_source(hosts):
+    """The chat is every fourth draw: dealt out in turn, one of two hosts would have it all."""
+    mix, shares = Mix([3, 1]), [HostShare(host, hosts, seed=0) for host in range(hosts)]
+    blocks = [[share[k][1] for share in shares] for k in range(1000)]
+    assert [sorted(block) for block in blocks] == [list(range(k * hosts, (k + 1) * hosts)) for k in range(1000)]
+    for host in range(hosts):
+        chats = sum(mix[block[host]][0] for block in blocks)
+        assert chats == pytest.approx(250, abs=50)  # 250 of 1,000, deviating by 14
 
 
 def test_validation_takes_every_source_once(sources):
