@@ -26,6 +26,7 @@ from llasa_jax.prompts import Conversation, Example, Prompter, Utterance
 
 WINDOW = 1024
 SAMPLE = 20_000
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,6 @@ class HostShare(grain.transforms.DatasetSelectionMap):
         return sys.maxsize // self._count
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        # Grain's own index_shuffle does not return for some seeds where there are so few to choose from.
         turn = np.random.default_rng([self._seed % 2**32, index]).permutation(self._count)[self._index]
         return 0, index * self._count + int(turn)
 
@@ -124,11 +124,30 @@ def drawn(sources: Sequence[Source], seed: int) -> grain.MapDataset:
     return grain.MapDataset.select_from_datasets(
         [
             # Far apart, since Grain adds the epoch to the seed: one dataset under two tasks is in two orders.
-            _tagged(i, grain.MapDataset.source(source.records)).shuffle(seed=(seed + 1_000_003 * i) % 2**32).repeat()
+            _shuffled(_tagged(i, grain.MapDataset.source(source.records)), (seed + 1_000_003 * i) % 2**32)
             for i, source in enumerate(sources)
         ],
         Mix([source.weight for source in sources]),
     )
+
+
+def _shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
+    # Grain's shuffle of four records or so does not return for some seeds (0.2.18).
+    if len(dataset) < FEW:
+        return grain.MapDataset.select_from_datasets([dataset], _FewShuffled(len(dataset), seed))
+    return dataset.shuffle(seed=seed).repeat()
+
+
+class _FewShuffled(grain.transforms.DatasetSelectionMap):
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, at = divmod(index, self._size)
+        return 0, int(np.random.default_rng([self._seed, epoch]).permutation(self._size)[at])
 
 
 def draws_per_epoch(sources: Sequence[Source]) -> int:

@@ -68,6 +68,15 @@ def test_order(sources):
         assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 63])
+def test_few_records_are_shuffled_each_epoch(sources, size):
+    order = drawn([Source(sources[0].records[:size], sources[0].prompter)], 0)
+    ids = [order[k][1].id for k in range(50 * size)]
+    epochs = [ids[at : at + size] for at in range(0, len(ids), size)]
+    assert all(set(epoch) == set(epochs[0]) and len(set(epoch)) == size for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) >= min(size, 20)
+
+
 def test_one_dataset_under_two_tasks_is_in_two_orders(sources):
     draws = [drawn([sources[0]] * 2, 3)[k] for k in range(360)]
     first, second = ([record.id for i, record in draws if i == source] for source in range(2))
