@@ -4,8 +4,8 @@ A spoken sentence is some 400 tokens; padding each to 2,048, as upstream does, w
 many whole clips as fit, told apart by `segment_ids`; positions restart in each. Best-fit decreasing over windows of 1,024 clips fills
 LJSpeech's rows to 99% (`benchmarks/packing.py`).
 
-Several sources are drawn by weight, record by record. The order of all draws is fixed by the seed alone, and hosts take every n-th of
-it, so the data is the same on any number of hosts. An epoch is one pass over the first source, whose others are drawn beside it
+Several sources are drawn by weight, record by record. The order of all draws is fixed by the seed alone, and of every n in a row each of n
+hosts takes one, so the data is the same on any number of hosts. An epoch is one pass over the first source; the others are drawn beside it
 however often their weights say; each source is shuffled anew whenever it has been drawn once. The pipeline is Grain's, so its place in
 the data is a small state that goes into every checkpoint.
 """
@@ -26,6 +26,7 @@ from llasa_jax.prompts import Conversation, Example, Prompter, Utterance
 
 WINDOW = 1024
 SAMPLE = 20_000
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,53 @@ class Mix(grain.transforms.DatasetSelectionMap):
         raise AssertionError("the last source leaves nothing to others")
 
 
+class HostShare(grain.transforms.DatasetSelectionMap):
+    """One host's draws: of every `count` in a row each host has one, and which is left to chance.
+
+    In turn, one host of two would have all of a source that is every tenth draw, and the lengths of that source's records would then
+    decide how fast it is drawn.
+    """
+
+    def __init__(self, index: int, count: int, seed: int):
+        self._index, self._count, self._seed = index, count, seed
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._count
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        turn = np.random.default_rng([self._seed % 2**32, index]).permutation(self._count)[self._index]
+        return 0, index * self._count + int(turn)
+
+
 def drawn(sources: Sequence[Source], seed: int) -> grain.MapDataset:
     """The records of training in the order in which they are drawn, without end: pairs of a source's index and its record."""
     return grain.MapDataset.select_from_datasets(
         [
             # Far apart, since Grain adds the epoch to the seed: one dataset under two tasks is in two orders.
-            _tagged(i, grain.MapDataset.source(source.records)).shuffle(seed=(seed + 1_000_003 * i) % 2**32).repeat()
+            _shuffled(_tagged(i, grain.MapDataset.source(source.records)), (seed + 1_000_003 * i) % 2**32)
             for i, source in enumerate(sources)
         ],
         Mix([source.weight for source in sources]),
     )
+
+
+def _shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
+    # Grain's shuffle of four records or so does not return for some seeds (0.2.18).
+    if len(dataset) < FEW:
+        return grain.MapDataset.select_from_datasets([dataset], _FewShuffled(len(dataset), seed))
+    return dataset.shuffle(seed=seed).repeat()
+
+
+class _FewShuffled(grain.transforms.DatasetSelectionMap):
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, at = divmod(index, self._size)
+        return 0, int(np.random.default_rng([self._seed, epoch]).permutation(self._size)[at])
 
 
 def draws_per_epoch(sources: Sequence[Source]) -> int:
@@ -191,12 +229,14 @@ def batches(
     index, count = process
     if shape.rows % count:
         raise UserError(f"train.rows={shape.rows} does not divide over {count} hosts; choose a multiple of {count}")
+    # Split only after mixing and repeating: together the hosts then have had the same draws as one host would have, to within one each.
     if repeat:
         dataset = drawn(sources, seed)
+        dataset = grain.MapDataset.select_from_datasets([dataset], HostShare(index, count, seed)) if count > 1 else dataset
     else:
-        dataset = grain.MapDataset.concatenate([_tagged(i, grain.MapDataset.source(source.records)) for i, source in enumerate(sources)])
-    # Split only after mixing and repeating: every host then has the same share of every source and epoch, to within one clip.
-    dataset = dataset[index::count].map(ToExample(sources, shape.length, too_long)).filter(lambda example: example is not None)
+        tagged = [_tagged(i, grain.MapDataset.source(source.records)) for i, source in enumerate(sources)]
+        dataset = grain.MapDataset.concatenate(tagged)[index::count]
+    dataset = dataset.map(ToExample(sources, shape.length, too_long)).filter(lambda example: example is not None)
     clips = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
     # No window is longer than an epoch: a run of two epochs over few clips then sees each of them twice.
     window = min(window, ceil(draws_per_epoch(sources) / count)) if pack else 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llasa_jax.batching import BatchShape, Mix, Source, batches, drawn, draws_per_epoch, measure
+from llasa_jax.batching import BatchShape, HostShare, Mix, Source, batches, drawn, draws_per_epoch, measure
 from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.conversations import Conversations
 from llasa_jax.data.records import codec_of, open_sources
@@ -68,6 +68,15 @@ def test_order(sources):
         assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 63])
+def test_few_records_are_shuffled_each_epoch(sources, size):
+    order = drawn([Source(sources[0].records[:size], sources[0].prompter)], 0)
+    ids = [order[k][1].id for k in range(50 * size)]
+    epochs = [ids[at : at + size] for at in range(0, len(ids), size)]
+    assert all(set(epoch) == set(epochs[0]) and len(set(epoch)) == size for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) >= min(size, 20)
+
+
 def test_one_dataset_under_two_tasks_is_in_two_orders(sources):
     draws = [drawn([sources[0]] * 2, 3)[k] for k in range(360)]
     first, second = ([record.id for i, record in draws if i == source] for source in range(2))
@@ -108,6 +117,17 @@ def test_the_same_on_any_number_of_hosts(sources):
         first = [part[: 100 // hosts] for part in parts]
         expected = [prompters[i].example(record).tokens.tobytes() for i, record in (drawn(sources, 3)[k] for k in range(100))]
         assert Counter(sum(first, [])) == Counter(expected)
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 8])
+def test_hosts_share_every_source(hosts):
+    """The chat is every fourth draw: dealt out in turn, one of two hosts would have it all."""
+    mix, shares = Mix([3, 1]), [HostShare(host, hosts, seed=0) for host in range(hosts)]
+    blocks = [[share[k][1] for share in shares] for k in range(1000)]
+    assert [sorted(block) for block in blocks] == [list(range(k * hosts, (k + 1) * hosts)) for k in range(1000)]
+    for host in range(hosts):
+        chats = sum(mix[block[host]][0] for block in blocks)
+        assert chats == pytest.approx(250, abs=50)  # 250 of 1,000, deviating by 14
 
 
 def test_validation_takes_every_source_once(sources):
