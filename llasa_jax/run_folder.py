@@ -36,7 +36,7 @@ MAY_CHANGE = (
 def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None) -> Iterator[None]:
     """Makes the run's folder, or makes sure that what lies there is this very run, and holds it against other processes.
 
-    `codec` says what made the training codes: it is kept in `model.json`, beside the prompt of the first source, for generation.
+    `codec` says what made the training codes: it is kept in `model.json`, beside the prompt to generate with.
     UserError where another process trains there, where the folder holds something else, and (at any time inside) where its disk is full.
     """
     try:
@@ -52,7 +52,7 @@ def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None) 
             source = Path(settings.model.path)
             config, origin = model_folder.read_description(source)
             model_folder.copy_description(source, run)
-            kept = {"prompt": dataclasses.asdict(settings.sources[0].prompt)} | ({"codec": codec} if codec else {})
+            kept = {"prompt": dataclasses.asdict(settings.voice)} | ({"codec": codec} if codec else {})
             model_folder.write_description(run, config, origin | kept)
             yield
     except OSError as error:

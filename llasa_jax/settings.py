@@ -195,6 +195,12 @@ class Settings:
         listed = data.sources or [SourceSettings(data.path, data.train_split, data.validation_split)]
         return [replace(source, prompt=source.prompt or self.prompt) for source in listed]
 
+    @property
+    def voice(self) -> PromptSettings:
+        """How the trained model is asked to speak: the prompt of the first source that teaches it to, or of the first of all."""
+        prompts = [source.prompt for source in self.sources]
+        return next((prompt for prompt in prompts if prompt.task == "tts"), prompts[0])
+
 
 def parse_settings(arguments: list[str]) -> Settings:
     """Settings from `--config FILE` and `--any.setting=value`, the later winning. UserError on an unknown key or a bad value."""

@@ -63,7 +63,7 @@ def train(
     if len(sources) > 1:
         say("its tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in zip(fit.shares, settings.sources, strict=True)))
     say(f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)} {mesh.devices.flat[0].platform} devices")
-    samples = Samples(run, settings.log, prompters[0]) if settings.log.samples else None
+    samples = Samples(run, settings.log, Prompter(tokenizer, settings.voice)) if settings.log.samples else None
     profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)

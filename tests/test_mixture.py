@@ -270,3 +270,9 @@ def test_a_mixture_of_two_codecs_is_refused(tmp_path):
     assert codec_of(sources("unsaid")) == {}
     with pytest.raises(UserError, match="holds codes of ours codec and .* of theirs codec; encode both with the same codec"):
         codec_of(sources("ours", "unsaid", "theirs"))
+
+
+def test_a_mixture_speaks_with_the_prompt_of_its_first_spoken_source(tmp_path):
+    chat, spoken = {"path": "c.jsonl", "prompt": {"task": "chat"}}, {"path": "voice", "prompt": {"system": "Sing softly."}}
+    assert parse_settings([write(tmp_path, data={"sources": [chat, spoken]})]).voice.system == "Sing softly."
+    assert parse_settings([write(tmp_path, data={"sources": [chat]})]).voice.task == "chat"
