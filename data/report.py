@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llasa_jax.batching import BatchShape, batches
+from llasa_jax.batching import BatchShape, Source, batches
 from llasa_jax.data import pictures
 from llasa_jax.data.builder import read_metadata, split_sizes
 from llasa_jax.data.doctor import THOROUGH, check_scans
@@ -195,7 +195,7 @@ def _lengths(scans: dict[str, Scan], max_length: int) -> list[str]:
 
 def _packing(records: Sequence[Utterance], prompter: Prompter, max_length: int) -> str:
     rows = []
-    for batch in batches(records, prompter, BatchShape(1, 32, max_length), seed=0, repeat=False):
+    for batch in batches([Source(records, prompter)], BatchShape(1, 32, max_length), seed=0, repeat=False):
         rows.extend(batch["segment_ids"].reshape(-1, max_length))
         if len(rows) >= ROWS_MEASURED:
             break

@@ -2,7 +2,7 @@
 
 A spoken sentence is some 400 tokens; padding each to 2,048, as upstream does, wastes four fifths of the work. Here rows hold as
 many whole clips as fit, told apart by `segment_ids`; positions restart in each. Best-fit decreasing over windows of 1,024 clips fills
-LJSpeech's rows to 99% (`benchmarks/packing.py`).
+LJSpeech's rows to 99% (`benchmarks/row_filling.py`).
 
 Several sources are drawn by weight, record by record. The order of all draws is fixed by the seed alone, and of every n in a row each of n
 hosts takes one, so the data is the same on any number of hosts. An epoch is one pass over the first source; the others are drawn beside it
