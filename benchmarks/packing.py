@@ -80,7 +80,7 @@ class Packed:
 
     def __init__(self):
         config = ModelConfig(**GEOMETRY, rope_theta=10_000.0)
-        settings = ModelSettings(dtype="float32", remat="none", loss_chunk=256)
+        settings = ModelSettings(dtype="float32", remat="none", loss_chunk=128)
         self.functions = TrainStep(config, settings, make_optimizer(OptimizerSettings(), 1000), make_mesh())
         model = Llama(config, rngs=nnx.Rngs(0))
         self.params = jax.device_put(nnx.to_pure_dict(nnx.state(model)), jax.tree.map(lambda leaf: leaf.sharding, self.functions.params))

@@ -1,8 +1,8 @@
 """Cross-entropy over the whole vocabulary without ever holding the logits of a whole row.
 
-One row of 2,048 tokens over 193,800 classes is 1.6 GB of float32 logits. Here a scan takes `chunk` tokens of every row at a time, and the
-same pass makes that chunk's gradients, so that nothing is computed twice. On a mesh each device holds its share of the vocabulary and
-sees the rows of its whole `fsdp` group: neither the table nor its gradient is ever gathered.
+One row of 2,048 tokens over 193,800 classes is 1.6 GB of float32 logits. Here a loop takes `chunk` tokens of every row at a time, of
+those that count alone, and the same pass makes that chunk's gradients, so that nothing is computed twice. On a mesh each device holds
+its share of the vocabulary and sees the rows of its whole `fsdp` group: neither the table nor its gradient is ever gathered.
 
 Letters: B rows, C tokens of a chunk, V vocabulary, D model width.
 """
@@ -73,9 +73,18 @@ def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, 
     """What one device does: its share of the vocabulary, for every row of its `fsdp` group."""
     B, T, D = hidden_BTD.shape
     classes_V = jax.lax.axis_index(VOCABULARY) * table_VD.shape[0] + jnp.arange(table_VD.shape[0])
+    # The tokens that count come first in each row, so that the chunks behind them, a prompt's share of the work, are left out.
+    order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
+    of_chunks = tuple(
+        _chunks(jnp.take_along_axis(x, order_BT.reshape(B, T, *(1,) * (x.ndim - 2)), axis=1), chunk)
+        for x in (hidden_BTD, targets_BT, mask_BT)
+    )
+    # The same number on all devices, for all take part in what is exchanged.
+    most = jax.lax.pmax(jnp.max(jnp.sum(mask_BT, axis=1)), ("data", *VOCABULARY))
 
-    def step(carry, rows):
-        nats, correct, grad_table_VD = carry
+    def step(i, carry):
+        nats, correct, grad_table_VD, grads = carry
+        rows = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in of_chunks)
         hidden_BCD, targets_BC, mask_BC = (jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) for x in rows)
         logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
         logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
@@ -87,21 +96,22 @@ def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, 
         nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
         correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
         if not with_grads:
-            return (nats, correct, grad_table_VD), None
+            return nats, correct, grad_table_VD, grads
         grad_BCV = jnp.where(mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0).astype(table_VD.dtype)
         grad_table_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
         grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, table_VD, preferred_element_type=jnp.float32)
         grad_BCD = jax.lax.psum_scatter(jax.lax.psum(grad_BCD, "tensor"), "fsdp", scatter_dimension=0, tiled=True)
-        return (nats, correct, grad_table_VD), grad_BCD.astype(hidden_BTD.dtype)
+        return nats, correct, grad_table_VD, jax.lax.dynamic_update_index_in_dim(grads, grad_BCD.astype(grads.dtype), i, 0)
 
-    no_grad = jnp.zeros(table_VD.shape, jnp.float32) if with_grads else None
-    start = (jnp.float32(0), jnp.float32(0), no_grad)
-    (nats, correct, grad_table_VD), grads = jax.lax.scan(step, start, tuple(_chunks(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT)))
+    no_grads = (jnp.zeros(table_VD.shape, jnp.float32), jnp.zeros_like(of_chunks[0])) if with_grads else (None, None)
+    start = (jnp.float32(0), jnp.float32(0), *no_grads)
+    nats, correct, grad_table_VD, grads = jax.lax.fori_loop(0, -(-most // chunk), step, start)
     # Every device of an fsdp group has the same sums, for all of its rows.
     nats, correct = jax.lax.psum((nats, correct), "data")
     if not with_grads:
         return nats, correct
-    return nats, correct, jnp.moveaxis(grads, 0, 1).reshape(B, T, D), jax.lax.psum(grad_table_VD, "data")
+    grad_BTD = jnp.take_along_axis(jnp.moveaxis(grads, 0, 1).reshape(B, T, D), jnp.argsort(order_BT, axis=1)[..., None], axis=1)
+    return nats, correct, grad_BTD, jax.lax.psum(grad_table_VD, "data")
 
 
 def chunked_ranks(
