@@ -2,7 +2,7 @@
 
 Prints a Markdown table. Checkpoints are synthetic, bfloat16, of the published models' shapes with Llasa's vocabulary. The 8B one is
 sparse (all zeros, no disk blocks), which is enough to measure memory. The 1B one has random weights, and its speed is set beside that
-of `cp -r` of the same files on the same disk: medians of five rounds of all, one after the other, for disks have their moods. Times are
+of `cp -r` of the same files on the same disk: medians of six rounds, each in another order. Times are
 until everything is written back to disk (`sync`), without starting Python; sources are in the page cache for all alike. Peak memory is
 that of the whole process, as the kernel counts it (`VmHWM`). What is allowed is three times the largest tensor and 1 GB, and never
 more than 6 GiB.
@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from llasa_jax.convert.hf_config import model_config
+from llasa_jax.convert.import_hf import import_hf
 from llasa_jax.convert.names import places
 from llasa_jax.convert.safetensors_io import SafetensorsWriter
 from llasa_jax.tiny_llama import make_tiny_tokenizer
@@ -76,21 +77,25 @@ def main(parent: str | None = None) -> None:
     print("| checkpoint | GB | step | seconds | MB/s | speed of cp | peak GiB | allowed GiB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        source, copy, model, out = (Path(folder) / name for name in ("hf", "copy", "model", "out"))
+        source, copy, model, again, out = (Path(folder) / name for name in ("hf", "copy", "model", "again", "out"))
         steps = {
-            "cp": f"import subprocess\nsubprocess.run(['cp', '-r', '{source}', '{copy}'], check=True)",
-            "import": f"from llasa_jax.convert.import_hf import import_hf\nimport_hf('{source}', '{model}')",
-            "export": f"from llasa_jax.convert.export_hf import export_hf\nexport_hf('{model}', '{out}')",
+            "cp": (f"import subprocess\nsubprocess.run(['cp', '-r', '{source}', '{copy}'], check=True)", copy),
+            "import": (f"from llasa_jax.convert.import_hf import import_hf\nimport_hf('{source}', '{again}')", again),
+            "export": (f"from llasa_jax.convert.export_hf import export_hf\nexport_hf('{model}', '{out}')", out),
         }
-        for size, rounds in (("1B", 5), ("8B", 1)):
+        for size, rounds in (("1B", 6), ("8B", 1)):
             total = make_checkpoint(source, size, filled=size == "1B")
+            import_hf(source, model)
             results = {step: [] for step in steps if rounds > 1 or step != "cp"}
-            for _ in range(rounds):
-                for step, measured in results.items():
-                    measured.append(measure(steps[step]))
-                for made in (copy, model, out):
-                    shutil.rmtree(made, ignore_errors=True)
+            for turn in range(rounds):
+                # Each comes first, second and third equally often: a disk slows down after a burst of writes.
+                order = list(results)[turn % 3 :] + list(results)[: turn % 3]
+                for step in order:
+                    code, made = steps[step]
+                    results[step].append(measure(code))
+                    shutil.rmtree(made)
             shutil.rmtree(source)
+            shutil.rmtree(model)
             typical = {step: statistics.median(seconds for seconds, _ in measured) for step, measured in results.items()}
             allowed = min(6.0, (3 * 193_800 * SHAPES[size]["hidden_size"] * 2 + 1e9) / (1 << 30))
             for step, measured in results.items():
