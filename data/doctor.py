@@ -19,7 +19,7 @@ from llasa_jax.data.importing import UNKNOWN_CODEC
 from llasa_jax.data.records import codec_of, open_utterances
 from llasa_jax.data.scan import Scan, repeated_codes, scan, suspicious_pace
 from llasa_jax.errors import UserError
-from llasa_jax.generate import load_tokenizer
+from llasa_jax.model_folder import load_tokenizer
 from llasa_jax.prompts import Prompter
 from llasa_jax.settings import DataSettings, Settings, SourceSettings
 from llasa_jax.vocab import NUM_CODES, SpeechVocab

@@ -23,7 +23,7 @@ from llasa_jax.audio import read_audio, write_audio
 from llasa_jax.codec import DEFAULT_CODEC, Codec, load_codec
 from llasa_jax.errors import UserError
 from llasa_jax.model import Cache, Llama
-from llasa_jax.model_folder import HF_FOLDER, load_params, read_description
+from llasa_jax.model_folder import load_params, load_tokenizer, read_description
 from llasa_jax.prompts import Prompter, PromptSettings
 from llasa_jax.sampling import SamplingSettings, draw, process
 from llasa_jax.sharding import make_mesh
@@ -186,16 +186,6 @@ def load(
     params = load_params(folder, make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]), jnp.dtype(dtype), step)
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat="none"))
     return nnx.graphdef(model), params, prompter, tokenizer
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that a model's folder carries. UserError if it carries none."""
-    from transformers import AutoTokenizer
-
-    where = Path(folder) / HF_FOLDER
-    if not (where / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer ({HF_FOLDER}/tokenizer_config.json is missing); import the model again")
-    return AutoTokenizer.from_pretrained(where)
 
 
 def generate(

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +21,9 @@ from jax.sharding import Mesh
 from llasa_jax.config import ModelConfig, RopeScaling
 from llasa_jax.errors import UserError
 from llasa_jax.sharding import abstract_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL_FILE, HF_FOLDER, PARAMS, CHECKPOINTS = "model.json", "hf", "params", "checkpoints"
 CHUNK_BYTES = 64 << 20
@@ -91,3 +95,13 @@ def chunking(params: dict) -> dict:
         return ocp.SaveArgs(shard_axes=(0,)) if path[0] == jax.tree_util.DictKey("layers") else ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
 
     return jax.tree.map_with_path(save_args, params)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer that a model's folder carries. UserError if it carries none."""
+    from transformers import AutoTokenizer
+
+    where = Path(folder) / HF_FOLDER
+    if not (where / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer ({HF_FOLDER}/tokenizer_config.json is missing); import the model again")
+    return AutoTokenizer.from_pretrained(where)

@@ -26,9 +26,10 @@ from llasa_jax.optimizer import make_optimizer
 from llasa_jax.settings import Settings
 from llasa_jax.sharding import make_mesh, mesh_sizes
 from llasa_jax.train_step import TrainStep
+from llasa_jax.vocab import CODES_PER_SECOND
 
 HERE = "here"
-CODES_PER_SECOND, TOKENS_PER_CODE = 50, 1.2  # a clip's text and chat turns add about a fifth to its codes
+TOKENS_PER_CODE = 1.2  # a clip's text and chat turns add about a fifth to its codes
 _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 _LLAMA = {"vocab_size": 193_800, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "num_key_value_heads": 8}
 MODELS = {

@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 
 from llasa_jax.batching import Source, ToExample, drawn, draws_per_epoch
-from llasa_jax.generate import load_tokenizer
+from llasa_jax.model_folder import load_tokenizer
 from llasa_jax.prompts import Prompter
 from llasa_jax.settings import Settings
 from llasa_jax.vocab import NUM_CODES

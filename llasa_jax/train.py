@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer
 
 from llasa_jax import hosts, model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
@@ -43,7 +42,7 @@ def train(
     run, source = Path(settings.out), Path(settings.model.path)
     config, _ = model_folder.read_description(source)
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
-    tokenizer = AutoTokenizer.from_pretrained(source / model_folder.HF_FOLDER)
+    tokenizer = model_folder.load_tokenizer(source)
     prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
     sources = [Source(*each) for each in zip(records, prompters, [each.weight for each in settings.sources], strict=True)]
     held_out = [Source(*each) for each in zip(validation, prompters, strict=False) if each[0] is not None]
