@@ -1,7 +1,7 @@
 """How much memory and time a conversion takes: `python benchmarks/convert.py [FOLDER]`, with 60 GB free in FOLDER.
 
-Prints a Markdown table. Checkpoints are synthetic, bfloat16, of the published models' shapes with Llasa's vocabulary. The 8B one is
-sparse (all zeros, no disk blocks), which is enough to measure memory. The 1B one has random weights, and its speed is set beside that
+Prints a Markdown table. Checkpoints are synthetic, bfloat16, of the published models' shapes with Llasa's vocabulary. The 8B one has
+room on the disk and was never written (all zeros), which is enough to measure memory. The 1B one has random weights, and its speed is set beside that
 of `cp -r` of the same files on the same disk: medians of six rounds, each in another order. Times are
 until everything is written back to disk (`sync`), without starting Python; sources are in the page cache for all alike. Peak memory is
 that of the whole process, as the kernel counts it (`VmHWM`). What is allowed is three times the largest tensor and 1 GB, and never
@@ -38,7 +38,7 @@ SHAPES = {
 
 
 def make_checkpoint(folder: Path, size: str, filled: bool) -> int:
-    """Writes a checkpoint of `size` and returns its tensors' bytes. `filled` with random weights, or sparse."""
+    """Writes a checkpoint of `size` and returns its tensors' bytes. `filled` with random weights, or never written."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLASA | SHAPES[size] | {"num_key_value_heads": 8}))
     shapes = {name: place.shape for name, place in places(model_config(LLASA | SHAPES[size] | {"num_key_value_heads": 8}, folder)).items()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from llasa_jax.config import ModelConfig
 from llasa_jax.convert.names import our_axes, our_shapes
-from llasa_jax.convert.safetensors_io import write_at
+from llasa_jax.convert.direct_file import DirectFile
 from llasa_jax.errors import UserError
 
 D_CHUNKS = 8  # the devices of one host: the usual size of the `fsdp` axis, which D is split over
@@ -74,8 +74,8 @@ class ParamsWriter:
             key = [0] * len(axes)
             key[0] = index or 0
             key[d] += part
-            with (self._where / path / ".".join(map(str, key))).open("wb", buffering=0) as file:
-                write_at(file.fileno(), 0, slab)
+            with DirectFile(self._where / path / ".".join(map(str, key)), slab.nbytes) as file:
+                file.write(0, slab)
 
 
 class ParamsReader:

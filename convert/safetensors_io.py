@@ -6,7 +6,6 @@ Memory maps, which the library reads through, are avoided: their pages count as 
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llasa_jax.convert.direct_file import ALIGNMENT, DirectFile
 from llasa_jax.errors import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -169,10 +169,10 @@ class SafetensorsWriter:
                 header[name] = {"dtype": CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [at, at + sizes[name]]}
                 at += sizes[name]
             text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)  # so that the data starts aligned
+            text += b" " * (-(8 + len(text)) % ALIGNMENT)  # so that the data starts aligned
             path = Path(folder) / (SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
-            self._files[path] = path.open("wb", buffering=0)
-            write_at(self._files[path].fileno(), 0, len(text).to_bytes(8, "little") + text)
+            self._files[path] = DirectFile(path, 8 + len(text) + at)
+            self._files[path].write(0, len(text).to_bytes(8, "little") + text)
             for name in members:
                 self._tensors[name] = Tensor(path, 8 + len(text) + header[name]["data_offsets"][0], dtypes[name], shapes[name])
         if len(shards) > 1:
@@ -186,7 +186,7 @@ class SafetensorsWriter:
         """Writes `rows`, of the tensor's own dtype, from row `start` on; threads may do so at once. OSError where the disk is full."""
         tensor = self._tensors[name]
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        write_at(self._files[tensor.file].fileno(), tensor.offset + start * row_bytes, rows)
+        self._files[tensor.file].write(tensor.offset + start * row_bytes, rows)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -194,19 +194,6 @@ class SafetensorsWriter:
     def __exit__(self, *error) -> None:
         for file in self._files.values():
             file.close()
-
-
-def write_at(file: int, offset: int, data: bytes | np.ndarray) -> None:
-    """Writes all bytes at `offset` of an open file descriptor. OSError where the disk is full.
-
-    By the megabyte: on ext4 a single write of 64 MB was measured to take four times as long.
-    """
-    if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(file, rest[:CALL_BYTES], offset)
-        rest, offset = rest[written:], offset + written
 
 
 def fault(array: np.ndarray) -> str:

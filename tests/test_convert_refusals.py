@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from llasa_jax.config import ModelConfig, RopeScaling
 from llasa_jax.convert import safetensors_io
+from llasa_jax.convert.direct_file import DirectFile
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.hf_config import HARMLESS, HONOURED, ONLY, model_config
 from llasa_jax.convert.import_hf import import_hf
@@ -290,16 +291,15 @@ def test_disk_full_half_way(hf, tmp_path, monkeypatch, what):
     out = tmp_path / "out"
     out.mkdir()
     import_hf(hf, tmp_path / "model")
-    calls, really_write = [], safetensors_io.write_at
+    calls, really_write = [], DirectFile.write
 
-    def write_at(file, offset, data):
-        calls.append(file)
+    def write(self, offset, data):
+        calls.append(self)
         if len(calls) > 12:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        really_write(file, offset, data)
+        really_write(self, offset, data)
 
-    monkeypatch.setattr("llasa_jax.convert.params_io.write_at", write_at)
-    monkeypatch.setattr("llasa_jax.convert.safetensors_io.write_at", write_at)
+    monkeypatch.setattr(DirectFile, "write", write)
     with pytest.raises(UserError, match=r"disk of .* is full, and nothing was left under .*/x"):
         import_hf(hf, out / "x") if what == "import" else export_hf(tmp_path / "model", out / "x")
     assert len(calls) > 12
