@@ -1,11 +1,10 @@
 """How much memory and time a conversion takes: `python benchmarks/convert.py [FOLDER]`, with 60 GB free in FOLDER.
 
 Prints a Markdown table. Checkpoints are synthetic, bfloat16, of the published models' shapes with Llasa's vocabulary. The 8B one has
-room on the disk and was never written (all zeros), which is enough to measure memory. The 1B one has random weights, and its speed is set beside that
-of `cp -r` of the same files on the same disk: medians of six rounds, each in another order. Times are
-until everything is written back to disk (`sync`), without starting Python; sources are in the page cache for all alike. Peak memory is
-that of the whole process, as the kernel counts it (`VmHWM`). What is allowed is three times the largest tensor and 1 GB, and never
-more than 6 GiB.
+room on the disk and was never written (all zeros), which is enough to measure memory. The 1B one has random weights, and its speed is
+set beside that of `cp -r` of the same files on the same disk: medians of six rounds, each in another order. Times are until everything
+is written back to disk (`sync`), without starting Python; sources are in the page cache for all alike. Peak memory is that of the whole
+process, as the kernel counts it (`VmHWM`). What is allowed is three times the largest tensor and 1 GB, and never more than 6 GiB.
 """
 
 import datetime

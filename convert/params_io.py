@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from llasa_jax.config import ModelConfig
-from llasa_jax.convert.names import our_axes, our_shapes
 from llasa_jax.convert.direct_file import DirectFile
+from llasa_jax.convert.names import our_axes, our_shapes
 from llasa_jax.errors import UserError
 
 D_CHUNKS = 8  # the devices of one host: the usual size of the `fsdp` axis, which D is split over
