@@ -1,6 +1,7 @@
 """A folder that appears whole under its name, or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from llasa_jax.errors import UserError
 def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
     """Gives a hidden folder beside `destination` to fill, and renames it at the end; on any failure it is removed.
 
+    One that a killed process left there is removed too: nobody holds its lock any more.
     `needs` is how many bytes will be written. Raises UserError where `destination` is in use, and where the disk is or will be full.
     """
     destination = Path(destination).absolute()
@@ -22,7 +24,9 @@ def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
         raise in_use
     parent, partial = destination.parent, destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
+        _remove_abandoned(destination)
         partial.mkdir(parents=True)
+        lock = _lock(partial)
     except OSError as error:
         raise UserError(f"{destination} cannot be made ({error.strerror}); choose a folder that you may write to") from error
     try:
@@ -40,3 +44,25 @@ def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """The open, locked folder. BlockingIOError where another process has it."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _remove_abandoned(destination: Path) -> None:
+    for partial in destination.parent.glob(f".{destination.name}.*.partial"):
+        try:
+            lock = _lock(partial)
+        except OSError:
+            continue
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +20,7 @@ from llasa_jax.convert.direct_file import DirectFile
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.hf_config import HARMLESS, HONOURED, ONLY, model_config
 from llasa_jax.convert.import_hf import import_hf
+from llasa_jax.convert.new_folder import new_folder
 from llasa_jax.convert.safetensors_io import INDEX, SINGLE, parse_size
 from llasa_jax.errors import UserError
 from llasa_jax.model_folder import PARAMS
@@ -304,6 +307,22 @@ def test_disk_full_half_way(hf, tmp_path, monkeypatch, what):
         import_hf(hf, out / "x") if what == "import" else export_hf(tmp_path / "model", out / "x")
     assert len(calls) > 12
     assert list(out.iterdir()) == []
+
+
+def test_what_a_killed_import_left_is_removed(tmp_path):
+    def another_process(ends: str) -> int:
+        imports = "import os, pathlib; from llasa_jax.convert.new_folder import new_folder"
+        return subprocess.run([sys.executable, "-c", f"{imports}\nwith new_folder(pathlib.Path({str(out)!r})): {ends}"]).returncode
+
+    out = tmp_path / "out" / "model"
+    assert another_process("os.kill(os.getpid(), 9)") == -9
+    assert len(list(out.parent.iterdir())) == 1
+    with new_folder(out) as mine:
+        # One that is being filled is left alone.
+        assert list(out.parent.iterdir()) == [mine]
+        assert another_process("os._exit(3)") == 3
+        assert mine.is_dir()
+    assert out in out.parent.iterdir()
 
 
 def test_disk_too_small_is_told_before_anything_is_written(hf, tmp_path, monkeypatch):
