@@ -97,7 +97,7 @@ class Packed:
             row["loss_mask"][at + PROMPT + TEXT - 1 : at + len(clip) - 1] = True
             at += len(clip)
         batch = jax.device_put({name: array[None, None] for name, array in row.items()}, self.functions.batch_sharding)
-        self.params, self.opt_state, numbers = self.functions.train(self.params, self.opt_state, batch)
+        self.params, self.opt_state, numbers = self.functions.train({}, self.params, self.opt_state, batch)
         jax.block_until_ready(numbers)
 
 

@@ -37,3 +37,19 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What LoRA trains beside a frozen model. Each of `targets` gets an adapter of `rank`, which adds `scale` times its product.
+
+    `modules` are trained whole: "norms", "embed" or "head". `rows` are ids of tokens whose rows of the tables are trained by themselves.
+    `dropout` is on what goes into an adapter, in training alone.
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()

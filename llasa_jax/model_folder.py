@@ -76,8 +76,12 @@ def params_folder(folder: Path, step: int | None = None) -> Path:
 def load_params(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dict:
     """The weights, each read straight into its shards on `mesh` and cast to `dtype`."""
     config, _ = read_description(folder)
+    return restore_params(folder, abstract_params(config, mesh, dtype), step)
+
+
+def restore_params(folder: Path, target: dict, step: int | None = None) -> dict:
+    """The weights as `target`, a tree of `ShapeDtypeStruct`s with shardings, has them."""
     where = params_folder(folder, step)
-    target = abstract_params(config, mesh, dtype)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(where.absolute(), target)
 

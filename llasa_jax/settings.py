@@ -31,6 +31,26 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """With a `rank` from 1 on, adapters are trained beside a frozen model, as PEFT's LoRA; 0 trains all weights.
+
+    `targets` are any of q, k, v, o, gate, up, down, embed and head. An adapter's product counts alpha / rank times, with `rslora`
+    alpha / sqrt(rank). `train_also` lists what is trained besides: norms, embed or head as a whole, or tokens (such as "<|laugh|>"), whose
+    rows of embedding and head are. `init`: a PEFT adapter to go on from. Frozen weights are kept in `frozen_dtype`, trained ones in
+    model.param_dtype.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: list[str] = field(default_factory=lambda: ["q", "v"])
+    rslora: bool = False
+    train_also: list[str] = field(default_factory=list)
+    init: str = ""
+    frozen_dtype: Dtype = "bfloat16"
+
+
+@dataclass(frozen=True)
 class SourceSettings:
     """One dataset of a mixture: as `data.path` and its splits, with its share of the draws and, if need be, a prompt of its own.
 
@@ -147,6 +167,7 @@ class Settings:
 
     out: str = ""
     model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataSettings = field(default_factory=DataSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)

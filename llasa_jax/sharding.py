@@ -10,12 +10,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llasa_jax.config import ModelConfig
+from llasa_jax.config import AdapterConfig, ModelConfig
 from llasa_jax.errors import UserError
 from llasa_jax.model import Layout, parameter_axes, sizes
 
 MESH_AXES = ("data", "fsdp", "tensor")
-RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor"}
+RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "R": None, "X": None}
 ROWS = PartitionSpec(("data", "fsdp"))
 TABLE = PartitionSpec("tensor", "fsdp")
 # How the loss splits the classes: over every device that does not merely repeat the weights.
@@ -70,7 +70,7 @@ def _rows_by_process(mesh: Mesh) -> Mesh:
 NAMES = {"V": "padded vocabulary", "D": "hidden_size", "N": "num_attention_heads", "K": "num_key_value_heads", "F": "intermediate_size"}
 
 
-def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
+def parameter_shardings(config: ModelConfig, mesh: Mesh, adapters: AdapterConfig | None = None) -> dict:
     """A `NamedSharding` for each parameter, in the shape of the parameter tree.
 
     Raises UserError where a dimension does not divide over its mesh axis.
@@ -89,7 +89,7 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
         # A norm's weight is a few kilobytes: not worth a gather.
         return NamedSharding(mesh, PartitionSpec() if axes in ("D", "LD") else PartitionSpec(*(RULES[letter] for letter in axes)))
 
-    return jax.tree.map(sharding, parameter_axes(config))
+    return jax.tree.map(sharding, parameter_axes(config, adapters))
 
 
 class MeshLayout(Layout):
@@ -128,11 +128,11 @@ _moved.defvjp(
 )
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype) -> dict:
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype, adapters: AdapterConfig | None = None) -> dict:
     """The parameter tree as `ShapeDtypeStruct`s that know their sharding: what to restore, import or compile for."""
-    size = sizes(config)
+    size = sizes(config, adapters)
     return jax.tree.map(
         lambda axes, sharding: jax.ShapeDtypeStruct(tuple(size[letter] for letter in axes), dtype, sharding=sharding),
-        parameter_axes(config),
-        parameter_shardings(config, mesh),
+        parameter_axes(config, adapters),
+        parameter_shardings(config, mesh, adapters),
     )

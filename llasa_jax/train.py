@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llasa_jax import hosts, model_folder, run_folder
@@ -13,6 +12,7 @@ from llasa_jax.alarm import LossAlarm
 from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
+from llasa_jax.lora import adapter_config, join, new_adapters, split
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.profiler import Profiler
@@ -66,20 +66,24 @@ def train(
     profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
-    step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids)
+    adapters = adapter_config(settings.lora, config, tokenizer.get_vocab())
+    options = {"adapters": adapters, "frozen_dtype": settings.lora.frozen_dtype, "seed": settings.train.seed}
+    step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
     with run_folder.claimed(run, settings, codec):
         # The state, new or gone back to
         data = iter(batches(sources, shape, **pipeline))
         checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)))
-        restored = checkpoints.restore(step_functions.params, step_functions.opt_state, data)
+        restored = checkpoints.restore(step_functions.trainable, step_functions.opt_state, data)
+        frozen = {}
+        if adapters or not restored:
+            frozen, trainable = _begin(source, step_functions)
         if restored:
-            start, params, opt_state = restored
+            start, trainable, opt_state = restored
             say(f"going on after step {start}")
         else:
-            start, params = 0, model_folder.load_params(source, mesh, jnp.dtype(settings.model.param_dtype))
-            opt_state = step_functions.init(params)
+            start, opt_state = 0, step_functions.init(trainable)
 
         # The steps
         step = start
@@ -91,8 +95,8 @@ def train(
                 with throughput.waiting(progress.computing):
                     batch = next(data)
                     placed = _place(batch, step_functions)
-                profiler.before(step, params)
-                params, opt_state, numbers = step_functions.train(params, opt_state, placed)
+                profiler.before(step, trainable)
+                trainable, opt_state, numbers = step_functions.train(frozen, trainable, opt_state, placed)
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()
 
@@ -105,11 +109,11 @@ def train(
                     for_best = save and settings.train.keep_best
                     if held_out and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
                         unseen = hosts.evenly(batches(held_out, shape, **pipeline, repeat=False), jax.tree.map(np.zeros_like, batch))
-                        validation_loss = _validate(step, step_functions, params, unseen, metrics)
+                        validation_loss = _validate(step, step_functions, frozen, trainable, unseen, metrics)
                     if save:
-                        checkpoints.save(step, params, opt_state, data, validation_loss)
+                        checkpoints.save(step, trainable, opt_state, data, validation_loss)
                     if samples and not stopping and (step % settings.log.samples_every == 0 or last):
-                        samples.write(step, step_functions.graphdef, params, metrics)
+                        samples.write(step, step_functions.graphdef, join(frozen, trainable), metrics)
                 if stopping:
                     break
         if best := checkpoints.best():
@@ -121,11 +125,22 @@ def train(
     return run
 
 
-def _validate(step: int, step_functions: TrainStep, params: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
+def _begin(source: Path, step_functions: TrainStep) -> tuple[dict, dict]:
+    """The frozen and the trainable parameters before any training."""
+    adapters = step_functions.adapters
+    base = {name: leaf for name, leaf in join(step_functions.frozen, step_functions.trainable).items() if name not in ("lora", "rows")}
+    frozen, trainable = split(model_folder.restore_params(source, base), adapters)
+    if adapters:
+        params = join(frozen, trainable)
+        trainable |= new_adapters(params, step_functions.trainable, adapters, step_functions.seed)
+    return frozen, trainable
+
+
+def _validate(step: int, step_functions: TrainStep, frozen: dict, trainable: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
     """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target."""
     sums: dict[str, float] = {}
     for batch in held_out:
-        for name, value in step_functions.validate(params, _place(batch, step_functions)).items():
+        for name, value in step_functions.validate(frozen, trainable, _place(batch, step_functions)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
         raise UserError("no clip of the validation split fits a row; raise data.max_length, or choose another data.validation_split")
