@@ -8,6 +8,7 @@ Weights keep HF's own [out, in] order, so a converter only reshapes and stacks a
 Reference: transformers' `LlamaForCausalLM`.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 
 from llasa_jax.attention import attend, cache_mask, xla_attention
 from llasa_jax.config import AdapterConfig, ModelConfig, RopeScaling
+from llasa_jax.quantize import Quantized
 
 LAYER_AXES = {
     "attn_norm": "D",
@@ -73,11 +75,6 @@ def adapter_axes(adapters: AdapterConfig, tables: tuple[str, ...]) -> dict:
 def outputs(name: str) -> str:
     """The letters of what a weight's product gives."""
     return LAYER_AXES.get(name, TABLE_AXES).replace(INPUTS[name], "")
-
-
-def dense(weight) -> jax.Array:
-    """A weight as it is kept, on its way into the arithmetic: the one place where one that is kept in another form becomes an array."""
-    return weight
 
 
 def _parameter(config: ModelConfig, axes: str, param_dtype, rngs: nnx.Rngs) -> nnx.Param:
@@ -270,10 +267,13 @@ class Llama(nnx.Module):
         return self.adapters.rows if self.adapters else ()
 
     def _table(self, name):
-        return dense(getattr(self, name).get_value())
+        return getattr(self, name).get_value()
 
     def _weight(self, axes, weight):
-        return self.layout.weight(axes, dense(weight).astype(self.dtype))
+        if isinstance(weight, Quantized):
+            # Codes go over the mesh, not what they stand for.
+            return replace(weight, codes=self.layout.weight(axes, weight.codes)).dense(self.dtype)
+        return self.layout.weight(axes, weight.astype(self.dtype))
 
     def _embed(self, tokens_BT):
         x_BTD = self.layout.look_up(self._table("embed"), tokens_BT).astype(self.dtype)

@@ -11,15 +11,18 @@ takes a run as well and means its latest step.
 import dataclasses
 import json
 import shutil
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from llasa_jax.config import ModelConfig, RopeScaling
 from llasa_jax.errors import UserError
+from llasa_jax.quantize import Quantized, quantize_stack
 from llasa_jax.sharding import abstract_params
 
 if TYPE_CHECKING:
@@ -80,10 +83,28 @@ def load_params(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dic
 
 
 def restore_params(folder: Path, target: dict, step: int | None = None) -> dict:
-    """The weights as `target`, a tree of `ShapeDtypeStruct`s with shardings, has them."""
-    where = params_folder(folder, step)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(where.absolute(), target)
+    """The weights as `target`, a tree of `ShapeDtypeStruct`s with shardings, has them.
+
+    Where it has `Quantized`, one weight (of all layers) at a time is read as bfloat16 and quantised, so that devices never hold more.
+    """
+    where = params_folder(folder, step).absolute()
+    kept = {name: leaf for name, leaf in target["layers"].items() if isinstance(leaf, Quantized)}
+    quantised = {}
+    for name in sorted(kept, key=lambda name: prod(kept[name].shape), reverse=True):
+        weight = jax.ShapeDtypeStruct(kept[name].shape, jnp.bfloat16, sharding=kept[name].codes.sharding)
+        stack = _restore(where, {"layers": {name: weight}})["layers"][name]
+        quantised[name] = quantize_stack(stack, kept[name])
+        del stack
+    rest = target | {"layers": {name: leaf for name, leaf in target["layers"].items() if name not in kept}}
+    params = _restore(where, rest)
+    return params | {"layers": params["layers"] | quantised}
+
+
+def _restore(where: Path, target: dict) -> dict:
+    """Some of the weights in `where`: those that `target` names."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
+        return checkpointer.restore(where, args=args)
 
 
 def save_params(folder: Path, params: dict) -> None:

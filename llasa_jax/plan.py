@@ -105,7 +105,7 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
     optimizer, lora = make_optimizer(settings.optimizer, 1000), settings.lora
     # A plan has no tokenizer: what rows of single tokens take is next to nothing.
     adapters = adapter_config(dataclasses.replace(lora, train_also=[name for name in lora.train_also if name in MODULES]), config, {})
-    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, frozen_dtype=lora.frozen_dtype)
+    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, frozen_dtype=lora.frozen_dtype, quantization=lora.quantize)
     held = held_gib(config, settings, step)
     if estimated:
         peak = sum(held.values()) + working_gib(config, settings, mesh)

@@ -36,6 +36,13 @@ class Quantized:
     scales: jax.Array
     inputs: int = field(metadata={"static": True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        packed = 1 if self.codes.dtype == jnp.int8 else 2
+        out = self.codes.ndim - self.inputs - 1
+        return (*self.codes.shape[:out], packed * self.codes.shape[out], *self.codes.shape[out + 1 :])
+
     def dense(self, dtype) -> jax.Array:
         """The weight as an array again, computed in float32 and rounded to `dtype`."""
         scales = self.scales.astype(jnp.float32)
@@ -62,6 +69,19 @@ def quantize(weight: jax.Array, kind: Literal["int8", "nf4"], inputs: int) -> Qu
     packed = low | high << 4
     shape = (*weight.shape[: out - 1], -1, *weight.shape[out:])
     return Quantized(packed.reshape(shape), scales.squeeze(out).astype(jnp.bfloat16), inputs)
+
+
+def quantize_stack(stack: jax.Array, target: Quantized) -> Quantized:
+    """A stack of layers [L, ...], which is used up, as `target` has it: its kind and its shardings. One layer at a time is in float32."""
+    kind: Quantization = "int8" if target.codes.dtype == jnp.int8 else "nf4"
+
+    def quantize_layers(stack):
+        return jax.lax.map(lambda weight: quantize(weight, kind, target.inputs), stack)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    quantised = jax.block_until_ready(jax.jit(quantize_layers, out_shardings=shardings)(stack))
+    stack.delete()
+    return quantised
 
 
 def tile_count(shape: tuple[int, ...], inputs: int) -> int:

@@ -9,6 +9,7 @@ import yaml
 
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import PromptSettings
+from llasa_jax.quantize import Quantization
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -37,7 +38,7 @@ class LoraSettings:
     `targets` are any of q, k, v, o, gate, up, down, embed and head. An adapter's product counts alpha / rank times, with `rslora`
     alpha / sqrt(rank). `train_also` lists what is trained besides: norms, embed or head as a whole, or tokens (such as "<|laugh|>"), whose
     rows of embedding and head are. `init`: a PEFT adapter to go on from. Frozen weights are kept in `frozen_dtype`, trained ones in
-    model.param_dtype.
+    model.param_dtype. `quantize` keeps the layers' frozen matrices in 8 or, as QLoRA, in 4 bits, and leaves tables and norms as they are.
     """
 
     rank: int = 0
@@ -48,6 +49,7 @@ class LoraSettings:
     train_also: list[str] = field(default_factory=list)
     init: str = ""
     frozen_dtype: Dtype = "bfloat16"
+    quantize: Quantization = "none"
 
 
 @dataclass(frozen=True)

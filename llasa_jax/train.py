@@ -67,7 +67,8 @@ def train(
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
     adapters = adapter_config(settings.lora, config, tokenizer.get_vocab())
-    options = {"adapters": adapters, "frozen_dtype": settings.lora.frozen_dtype, "seed": settings.train.seed}
+    kept = {"frozen_dtype": settings.lora.frozen_dtype, "quantization": settings.lora.quantize}
+    options = {"adapters": adapters, "seed": settings.train.seed} | kept
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 

@@ -15,6 +15,7 @@ from llasa_jax.config import AdapterConfig, ModelConfig
 from llasa_jax.lora import join, split
 from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model import Llama
+from llasa_jax.quantize import Quantization
 from llasa_jax.settings import ModelSettings
 from llasa_jax.sharding import ROWS, MeshLayout, abstract_params
 
@@ -23,8 +24,8 @@ class TrainStep:
     """The compiled train and validation steps of one model on one mesh.
 
     A batch is a dict of arrays [accumulation, rows, length] as `batching.batches` makes them, sharded as `batch_sharding`. `code_ids` are
-    the ids of the speech codes, whose share and accuracy are counted. With `adapters` all but them is frozen and kept in `frozen_dtype`;
-    `seed` is that of their dropout. `frozen`, `trainable` and `opt_state` are the trees as `ShapeDtypeStruct`s.
+    the ids of the speech codes, whose share and accuracy are counted. With `adapters` all but them is frozen and kept in `frozen_dtype`,
+    or quantised; `seed` is that of their dropout. `frozen`, `trainable` and `opt_state` are the trees as `ShapeDtypeStruct`s.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class TrainStep:
         code_ids: range = range(0),
         adapters: AdapterConfig | None = None,
         frozen_dtype: str = "bfloat16",
+        quantization: Quantization = "none",
         seed: int = 0,
     ):
         self.config, self.settings, self.optimizer, self.mesh, self.code_ids = config, settings, optimizer, mesh, code_ids
@@ -51,7 +53,7 @@ class TrainStep:
         self.graphdef = nnx.graphdef(model)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
-        self.frozen, _ = split(abstract_params(config, mesh, jnp.dtype(frozen_dtype), adapters), adapters)
+        self.frozen, _ = split(abstract_params(config, mesh, jnp.dtype(frozen_dtype), adapters, quantization), adapters)
         _, self.trainable = split(abstract_params(config, mesh, jnp.dtype(settings.param_dtype), adapters), adapters)
         self.opt_state = self._abstract_opt_state()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.trainable, self.opt_state))
