@@ -15,7 +15,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.model import Layout, parameter_axes, sizes
 
 MESH_AXES = ("data", "fsdp", "tensor")
-RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "R": None, "X": None}
+RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "R": None, "X": None, "B": None}
 ROWS = PartitionSpec(("data", "fsdp"))
 TABLE = PartitionSpec("tensor", "fsdp")
 # How the loss splits the classes: over every device that does not merely repeat the weights.
