@@ -83,7 +83,7 @@ class Packed:
         settings = ModelSettings(dtype="float32", remat="none", loss_chunk=128)
         self.functions = TrainStep(config, settings, make_optimizer(OptimizerSettings(), 1000), make_mesh())
         model = Llama(config, rngs=nnx.Rngs(0))
-        self.params = jax.device_put(nnx.to_pure_dict(nnx.state(model)), jax.tree.map(lambda leaf: leaf.sharding, self.functions.params))
+        self.params = jax.device_put(nnx.to_pure_dict(nnx.state(model)), jax.tree.map(lambda leaf: leaf.sharding, self.functions.trainable))
         self.opt_state = self.functions.init(self.params)
 
     def step(self, clips: list[np.ndarray]) -> None:

@@ -4,14 +4,17 @@ The arithmetic is in `llasa_jax.model`. Reference: PEFT's `LoraModel`, whose fac
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llasa_jax.config import AdapterConfig, ModelConfig
 from llasa_jax.errors import UserError
-from llasa_jax.model import INPUTS, LAYER_AXES, outputs, sizes
+from llasa_jax.model import INPUTS, LAYER_AXES, TABLE_AXES, outputs, parameter_axes, sizes
 from llasa_jax.settings import LoraSettings
 
 # What can be trained whole, and the parameters that it is.
@@ -32,7 +35,8 @@ def adapter_config(settings: LoraSettings, config: ModelConfig, token_ids: dict[
     if not settings.targets:
         raise UserError(f"lora.targets is empty; name some of {', '.join(INPUTS)}")
     for name in settings.targets:
-        if name not in INPUTS or (name in MODULES and name in settings.train_also):
+        tables = ("embed", "head") if name == "head" and config.tie_word_embeddings else (name,)
+        if name not in INPUTS or (name in MODULES and {*tables} & {*settings.train_also}):
             why = (
                 "is trained whole by lora.train_also; take it out of one"
                 if name in INPUTS
@@ -56,9 +60,9 @@ def adapter_config(settings: LoraSettings, config: ModelConfig, token_ids: dict[
         raise UserError("lora.train_also trains rows of the tables, and a table is trained or adapted as well; leave one of them out")
     if len(tokens) > MOST_ROWS:
         raise UserError(f"lora.train_also names {len(tokens)} tokens, more than {MOST_ROWS}; train the whole tables, embed and head")
-    scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
     rows = tuple(sorted({token_ids[token] for token in tokens}))
-    return AdapterConfig(tuple(name for name in INPUTS if name in settings.targets), settings.rank, scale, settings.dropout, modules, rows)
+    targets = tuple(name for name in INPUTS if name in settings.targets)
+    return AdapterConfig(targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, modules, rows)
 
 
 def split(params: dict, adapters: AdapterConfig | None) -> tuple[dict, dict]:
@@ -83,6 +87,35 @@ def join(frozen: dict, trainable: dict) -> dict:
     if "layers" in frozen and "layers" in trainable:
         both["layers"] = frozen["layers"] | trainable["layers"]
     return both
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What LoRA trained for one base, without it: `params` as the trainable half of `split`, in numpy; `prompt`, where it is known, is
+    the `PromptSettings` that it was trained with, as a dict."""
+
+    config: AdapterConfig
+    params: dict
+    prompt: dict | None = None
+
+
+def count(config: ModelConfig, adapters: AdapterConfig | None) -> tuple[int, int]:
+    """How many numbers are trained, and how many are frozen, as PEFT counts them: the tables without their padding."""
+    size = sizes(config, adapters) | {"V": config.vocab_size}
+    frozen, trained = split(parameter_axes(config, adapters), adapters)
+    return tuple(sum(math.prod(size[letter] for letter in axes) for axes in jax.tree.leaves(tree)) for tree in (trained, frozen))
+
+
+def place(params: dict, like: dict) -> dict:
+    """A tree of numpy arrays on devices, with the types and shardings of their fellows in `like`."""
+
+    def put(array, target):
+        return jax.make_array_from_callback(array.shape, target.sharding, lambda index: array[index].astype(target.dtype))
+
+    def below(tree, other):
+        return {name: below(x, other[name]) if isinstance(x, dict) else put(x, other[name]) for name, x in tree.items()}
+
+    return below(params, like)
 
 
 def new_adapters(params: dict, abstract: dict, adapters: AdapterConfig, seed: int) -> dict:
@@ -112,3 +145,70 @@ def new_adapters(params: dict, abstract: dict, adapters: AdapterConfig, seed: in
         return made
 
     return make(jax.random.key(seed), {name: params[name] for name in abstract.get("rows", ())})
+
+
+def side_by_side(adapters: Sequence[Adapter], of_rows: Sequence[int | None], config: ModelConfig) -> Adapter:
+    """Several adapters of one base as one, for a batch in which row i uses the adapter `of_rows[i]`, or none.
+
+    Ranks are concatenated, and each row of the batch counts its own adapter's alone. UserError where one has whole modules trained.
+    """
+    for number, adapter in enumerate(adapters):
+        if adapter.config.modules:
+            raise UserError(
+                f"adapter {number + 1} has whole modules trained ({', '.join(adapter.config.modules)}), so it cannot share a batch with "
+                "others; use it alone, or merge it"
+            )
+    configs = [adapter.config for adapter in adapters]
+    targets = tuple(name for name in INPUTS if any(name in its.targets for its in configs))
+    rank, rows = sum(its.rank for its in configs), tuple(token for its in configs for token in its.rows)
+    together = AdapterConfig(targets, rank, alpha=rank, rows=rows, batch=len(of_rows))
+    size = sizes(config, together)
+    axes = {name: tree for name, tree in parameter_axes(config, together).items() if name in ("lora", "rows", "choice")}
+    params = jax.tree.map(lambda letters: np.zeros([size[letter] for letter in letters], np.float32), axes)
+    at_rank = at_row = 0
+    for number, adapter in enumerate(adapters):
+        its = adapter.config
+        for name in its.targets:
+            for factor, letters in axes["lora"][name].items():
+                window = [slice(None)] * len(letters)
+                window[letters.index("R")] = slice(at_rank, at_rank + its.rank)
+                params["lora"][name][factor][tuple(window)] = adapter.params["lora"][name][factor]
+        for name, values in adapter.params.get("rows", {}).items():
+            params["rows"][name][at_row : at_row + len(its.rows)] = values
+        for row, chosen in enumerate(of_rows):
+            params["choice"]["lora"][row, at_rank : at_rank + its.rank] = its.scale * (chosen == number)
+            params["choice"]["rows"][row, at_row : at_row + len(its.rows)] = chosen == number
+        at_rank, at_row = at_rank + its.rank, at_row + len(its.rows)
+    return Adapter(together, params)
+
+
+def merged(path: str, piece: np.ndarray, start: int, adapter: Adapter) -> np.ndarray:
+    """A piece of the base's parameter `path` ("layers.q", "embed"), its layers or rows from `start` on, with the adapter folded in.
+
+    Float32 where the adapter touches it, else the piece itself.
+    """
+    name = path.removeprefix("layers.")
+    trained, stop = adapter.params, start + len(piece)
+    whole = trained.get("layers", {}).get(name) if path != name else trained.get(name)
+    if whole is not None:
+        return whole[start:stop]
+    if name in adapter.config.targets:
+        factors, scale = trained["lora"][name], np.float32(adapter.config.scale)
+        inner, outer, axes = INPUTS[name], outputs(name), LAYER_AXES.get(name, TABLE_AXES)
+        layer = "L" if name in LAYER_AXES else ""
+        a, b = factors["a"], factors["b"]
+        if layer:
+            a, b = a[start:stop], b[start:stop]
+        elif name == "embed":
+            a = a[:, start:stop]
+        else:
+            b = b[start:stop]
+        piece = piece.astype(np.float32) + scale * np.einsum(f"{layer}R{inner},{layer}{outer}R->{layer}{axes}", a, b, optimize=True)
+    # A tied head's rows are the embedding's
+    rows = trained.get("rows", {})
+    if name in ("embed", "head") and rows:
+        piece = piece.astype(np.float32)
+        for number, token in enumerate(adapter.config.rows):
+            if start <= token < stop:
+                piece[token - start] = rows.get(name, rows["embed"])[number]
+    return piece

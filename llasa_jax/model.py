@@ -41,7 +41,7 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveab
 
 def sizes(config: ModelConfig, adapters: AdapterConfig | None = None) -> dict[str, int]:
     """What each letter of the alphabet stands for in this model."""
-    of_adapters = {"R": adapters.rank, "X": len(adapters.rows)} if adapters else {}
+    of_adapters = {"R": adapters.rank, "X": len(adapters.rows), "B": adapters.batch} if adapters else {}
     return {
         "L": config.num_hidden_layers,
         "V": config.padded_vocab_size,
@@ -61,7 +61,8 @@ def parameter_axes(config: ModelConfig, adapters: AdapterConfig | None = None) -
 
 
 def adapter_axes(adapters: AdapterConfig, tables: tuple[str, ...]) -> dict:
-    """What adapters add to the parameter tree: `lora`, two factors a target, and `rows`, as they replace those of each of `tables`.
+    """What adapters add to the parameter tree: `lora`, two factors a target, and `rows`, as they replace those of each of `tables`;
+    with a batch also `choice`, how much of each rank and row counts in each of its rows.
 
     The factors are PEFT's lora_A [rank, in] and lora_B [out, rank].
     """
@@ -69,7 +70,8 @@ def adapter_axes(adapters: AdapterConfig, tables: tuple[str, ...]) -> dict:
     for name in adapters.targets:
         layer, inner, outer = ("L" if name in LAYER_AXES else ""), INPUTS[name], outputs(name)
         lora[name] = {"a": f"{layer}R{inner}", "b": f"{layer}{outer}R"}
-    return ({"lora": lora} if lora else {}) | ({"rows": dict.fromkeys(tables, "XD")} if adapters.rows else {})
+    added = ({"lora": lora} if lora else {}) | ({"rows": dict.fromkeys(tables, "XD")} if adapters.rows else {})
+    return added | ({"choice": {"lora": "BR", "rows": "BX"}} if adapters.batch else {})
 
 
 def outputs(name: str) -> str:
@@ -254,7 +256,7 @@ class Llama(nnx.Module):
             features.append(self._scaled(jnp.einsum("...D,RD->...R", self._drop(hidden, dropout_key, "head"), a_RD)))
             tables.append(factors["b"].get_value())
         if self._rows:
-            features.append(jnp.einsum("...D,XD->...X", hidden, self._row_changes(self._tables[-1])))
+            features.append(self._chosen(jnp.einsum("...D,XD->...X", hidden, self._row_changes(self._tables[-1])), "rows"))
             tables.append(jax.nn.one_hot(jnp.array(self._rows), self.config.padded_vocab_size, axis=0, dtype=self.dtype))
         return tuple(features), tuple(tables)
 
@@ -283,7 +285,7 @@ class Llama(nnx.Module):
             x_BTD += jnp.einsum("BTR,DR->BTD", r_BTR, self.layout.weight("DR", b_DR))
         if self._rows:
             is_row_BTX = (tokens_BT[..., None] == jnp.array(self._rows)).astype(self.dtype)
-            x_BTD += jnp.einsum("BTX,XD->BTD", is_row_BTX, self._row_changes("embed"))
+            x_BTD += jnp.einsum("BTX,XD->BTD", self._chosen(is_row_BTX, "rows"), self._row_changes("embed"))
         return self.layout.rows(x_BTD)
 
     def _row_changes(self, table):
@@ -328,7 +330,14 @@ class Llama(nnx.Module):
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
     def _scaled(self, r):
-        return r * jnp.asarray(self.adapters.scale, r.dtype)
+        return self._chosen(r * jnp.asarray(self.adapters.scale, r.dtype), "lora")
+
+    def _chosen(self, x, kind):
+        """`x` [B, ..., R or X] with what each row of the batch makes of it, where several adapters lie side by side."""
+        if not self.adapters.batch:
+            return x
+        choice = self.choice[kind].get_value().astype(x.dtype)
+        return x * choice.reshape(len(choice), *(1,) * (x.ndim - 2), -1)
 
     def _rope(self, positions_BT):
         freq = rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

@@ -17,7 +17,7 @@ from llasa_jax.quantize import Quantization, Quantized, quantize
 
 LAYER_MATRICES = tuple(name for name in LAYER_AXES if name in INPUTS)
 MESH_AXES = ("data", "fsdp", "tensor")
-RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "R": None, "X": None}
+RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "R": None, "X": None, "B": None}
 ROWS = PartitionSpec(("data", "fsdp"))
 TABLE = PartitionSpec("tensor", "fsdp")
 # How the loss splits the classes: over every device that does not merely repeat the weights.

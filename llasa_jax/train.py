@@ -12,7 +12,7 @@ from llasa_jax.alarm import LossAlarm
 from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
-from llasa_jax.lora import adapter_config, join, new_adapters, split
+from llasa_jax.lora import Adapter, adapter_config, count, join, new_adapters, place, split
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.profiler import Profiler
@@ -30,17 +30,26 @@ Records = Sequence[Utterance] | Sequence[Conversation]
 
 
 def train(
-    settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = (), codec: dict[str, str] | None = None
+    settings: Settings,
+    records: Sequence[Records],
+    validation: Sequence[Records | None] = (),
+    codec: dict[str, str] | None = None,
+    adapter: Adapter | None = None,
 ) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
     `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. `codec`, the
-    `codec` and `fingerprint` of what made their codes, is kept with the run. Ctrl-C and SIGTERM save a checkpoint and stop with status
-    130 or 143. Raises UserError on settings that cannot work, on a full disk, and on a loss that is no number.
+    `codec` and `fingerprint` of what made their codes, is kept with the run. `adapter` is what a LoRA run begins with, if not a new one.
+    Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk,
+    and on a loss that is no number.
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
-    config, _ = model_folder.read_description(source)
+    if settings.lora.rank and model_folder.saved_steps(run):
+        model_folder.check_base(run, source)
+    config, origin = model_folder.read_description(source)
+    if "lora" in origin:
+        raise UserError(f"{source} is a LoRA run; merge it (`export-hf --lora merge`, then `import-hf`), or go on from it with lora.init")
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
     tokenizer = model_folder.load_tokenizer(source)
     prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
@@ -72,19 +81,20 @@ def train(
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
-    with run_folder.claimed(run, settings, codec):
+    with run_folder.claimed(run, settings, codec, adapters):
         # The state, new or gone back to
         data = iter(batches(sources, shape, **pipeline))
-        checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)))
+        frozen, base = {}, None
+        if adapters:
+            frozen, trainable, base = _begin_lora(source, step_functions, adapter)
+        checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)), base=base)
         restored = checkpoints.restore(step_functions.trainable, step_functions.opt_state, data)
-        frozen = {}
-        if adapters or not restored:
-            frozen, trainable = _begin(source, step_functions)
         if restored:
             start, trainable, opt_state = restored
             say(f"going on after step {start}")
         else:
-            start, opt_state = 0, step_functions.init(trainable)
+            start, trainable = 0, trainable if adapters else model_folder.restore_params(source, step_functions.trainable)
+            opt_state = step_functions.init(trainable)
 
         # The steps
         step = start
@@ -126,15 +136,17 @@ def train(
     return run
 
 
-def _begin(source: Path, step_functions: TrainStep) -> tuple[dict, dict]:
-    """The frozen and the trainable parameters before any training."""
-    adapters = step_functions.adapters
-    base = {name: leaf for name, leaf in join(step_functions.frozen, step_functions.trainable).items() if name not in ("lora", "rows")}
-    frozen, trainable = split(model_folder.restore_params(source, base), adapters)
-    if adapters:
-        params = join(frozen, trainable)
-        trainable |= new_adapters(params, step_functions.trainable, adapters, step_functions.seed)
-    return frozen, trainable
+def _begin_lora(source: Path, step_functions: TrainStep, adapter: Adapter | None) -> tuple[dict, dict, tuple[Path, str]]:
+    """The frozen and the trainable parameters before any training, and what tells the base from other models."""
+    adapters, wanted = step_functions.adapters, step_functions.trainable
+    base = {name: leaf for name, leaf in join(step_functions.frozen, wanted).items() if name not in ("lora", "rows")}
+    params = model_folder.restore_params(source, base)
+    frozen, trainable = split(params, adapters)
+    trainable |= new_adapters(params, wanted, adapters, step_functions.seed)
+    if adapter:
+        trainable = join(trainable, place(adapter.params, wanted))
+    say("{:,} trained parameters beside {:,} frozen ones".format(*count(step_functions.config, adapters)))
+    return frozen, trainable, (source, model_folder.fingerprint(params, step_functions.mesh, source))
 
 
 def _validate(step: int, step_functions: TrainStep, frozen: dict, trainable: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
