@@ -13,11 +13,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
-<<<<<<< HEAD
-from math import prod
-=======
 from functools import partial
->>>>>>> wt-lora
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
