@@ -83,7 +83,7 @@ class Packed:
         settings = ModelSettings(dtype="float32", remat="none", loss_chunk=128)
         self.functions = TrainStep(config, settings, make_optimizer(OptimizerSettings(), 1000), make_mesh())
         model = Llama(config, rngs=nnx.Rngs(0))
-        self.params = jax.device_put(nnx.to_pure_dict(nnx.state(model)), jax.tree.map(lambda leaf: leaf.sharding, self.functions.params))
+        self.params = jax.device_put(nnx.to_pure_dict(nnx.state(model)), jax.tree.map(lambda leaf: leaf.sharding, self.functions.trainable))
         self.opt_state = self.functions.init(self.params)
 
     def step(self, clips: list[np.ndarray]) -> None:
@@ -97,7 +97,7 @@ class Packed:
             row["loss_mask"][at + PROMPT + TEXT - 1 : at + len(clip) - 1] = True
             at += len(clip)
         batch = jax.device_put({name: array[None, None] for name, array in row.items()}, self.functions.batch_sharding)
-        self.params, self.opt_state, numbers = self.functions.train(self.params, self.opt_state, batch)
+        self.params, self.opt_state, numbers = self.functions.train({}, self.params, self.opt_state, batch)
         jax.block_until_ready(numbers)
 
 

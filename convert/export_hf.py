@@ -1,9 +1,11 @@
 """`llasa-jax export-hf`: a model's or a run's folder becomes an HF checkpoint, piece by piece."""
 
+import shutil
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -12,6 +14,7 @@ from llasa_jax.convert.hf_config import dtype_key
 from llasa_jax.convert.hf_files import (
     CARD,
     CONFIG,
+    TOKENIZER_FILES,
     copy_small_files,
     read_json,
     speaks,
@@ -19,14 +22,16 @@ from llasa_jax.convert.hf_files import (
     write_generation_config,
     write_json,
 )
+from llasa_jax.convert.merge import merged_reader
 from llasa_jax.convert.model_card import model_card
 from llasa_jax.convert.names import places
 from llasa_jax.convert.new_folder import new_folder
 from llasa_jax.convert.params_io import ParamsReader
+from llasa_jax.convert.peft_adapter import base_name, open_adapter, write_adapter
 from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, named_dtype, parse_size
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError
-from llasa_jax.model_folder import CHECKPOINTS, HF_FOLDER, params_folder, read_description
+from llasa_jax.model_folder import CHECKPOINTS, HF_FOLDER, adapters_of, check_base, params_folder, read_description
 
 WORKERS = 2  # threads, each with two pieces of a parameter in memory
 
@@ -40,17 +45,31 @@ def export_hf(
     max_shard_size: str | int = "5GB",
     verify: bool = False,
     push_to_hub: str | None = None,
+    lora: Literal["adapter", "merge"] | None = None,
 ) -> None:
     """Writes the HF checkpoint `destination` from `source`, a model's folder or a run's (at `step`, the latest by default).
 
     Weights are written in the imported checkpoint's types unless `dtype` is given, the tables cut back to `vocab_size` rows, one copy
     where head and embedding are tied. Tokenizer files are those that were imported. `verify` compares logits with transformers'
     before the folder gets its name; `push_to_hub` uploads it to that repository. Raises UserError; then nothing is left behind.
+
+    A LoRA run is written as PEFT's "adapter", or with its base: "merge" adds the two in float32, before they are rounded.
     """
     source, destination = Path(source), Path(destination)
     config, origin = read_description(source)
+    adapters, base = adapters_of(origin)
+    if adapters is None and lora:
+        raise UserError(f"{source} is no LoRA run, so there is no adapter in it; leave --lora out")
+    if adapters and lora not in ("adapter", "merge"):
+        raise UserError(f"{source} is a LoRA run; say whether you want its adapter alone (--lora adapter) or a whole model (--lora merge)")
     where = params_folder(source, step)
-    reader = ParamsReader(where, config)
+    if lora == "adapter":
+        _export_adapter(source, destination, where, dtype, verify)
+        if push_to_hub:
+            _push(destination, push_to_hub)
+        return
+    reader = merged_reader(source, step) if adapters else ParamsReader(where, config)
+    untied, config = reader.config != config, reader.config
     names = {(place.path, place.layer): name for name, place in places(config).items()}
     shapes = {name: place.shape for name, place in places(config).items()}
     dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
@@ -67,7 +86,7 @@ def export_hf(
                 for name, kind in faults.items():
                     warnings.warn(f"{where}: {name} contains {kind} as {dtypes[name]}; use another checkpoint or type", stacklevel=2)
         copy_small_files(source / HF_FOLDER, partial)
-        _write_config(partial, config.vocab_size, dtypes)
+        _write_config(partial, {"vocab_size": config.vocab_size} | ({"tie_word_embeddings": False} if untied else {}), dtypes)
         tokens = vocabulary(partial)
         if speaks(tokens):
             write_generation_config(partial, tokens)
@@ -109,11 +128,28 @@ def _export_parameter(
     return {name: kind for name, kind in faults.items() if kind}
 
 
-def _write_config(folder: Path, vocab_size: int, dtypes: dict[str, np.dtype]) -> None:
+def _export_adapter(source: Path, destination: Path, where: Path, dtype: str | None, verify: bool) -> None:
+    config, origin = read_description(source)
+    adapters, base = adapters_of(origin)
+    if verify:
+        raise UserError("--verify compares whole models; give it with --lora merge")
+    check_base(source, base)
+    step = int(where.parent.name)
+    with new_folder(destination) as partial:
+        stored = named_dtype(dtype or "float32")
+        write_adapter(partial, open_adapter(source, base, step), config, base_name(base), stored)
+        for name in TOKENIZER_FILES:
+            if (source / HF_FOLDER / name).is_file():
+                shutil.copyfile(source / HF_FOLDER / name, partial / name)
+        card = model_card(source, origin | {"library_name": "peft"}, destination.absolute().name, step, speaks(vocabulary(partial)))
+        (partial / CARD).write_text(card)
+
+
+def _write_config(folder: Path, told: dict, dtypes: dict[str, np.dtype]) -> None:
     """The imported config, every key kept, with what is true of these weights."""
     config = read_json(folder / CONFIG)
     common = Counter(map(str, dtypes.values())).most_common(1)[0][0]
-    told = {"vocab_size": vocab_size, dtype_key(config): common, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    told |= {dtype_key(config): common, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     write_json(folder / CONFIG, config | told)
 
 

@@ -24,7 +24,7 @@ def model_card(source: Path, origin: dict, repo: str, step: int | None, speaks: 
     base = origin.get("base_model", "")
     front = {name: origin[name] for name in ("license", "license_name", "license_link") if name in origin}
     front |= {"base_model": base} if "/" in base else {}  # the hub takes only its own ids
-    front |= {"library_name": "transformers", "pipeline_tag": "text-to-speech" if speaks else "text-generation"}
+    front |= {"library_name": origin.get("library_name", "transformers"), "pipeline_tag": "text-to-speech" if speaks else "text-generation"}
     front |= {"tags": ["llasa", "llasa-jax"] if speaks else ["llasa-jax"]}
     prompt = PromptSettings(**origin.get("prompt", {})).filled()
     parts = [

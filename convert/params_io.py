@@ -81,13 +81,13 @@ class ParamsWriter:
 class ParamsReader:
     """The parameters in an Orbax checkpoint of `config`, wherever and however sharded they were saved.
 
-    `dtypes` gives the stored type by path. UserError where a parameter is missing, misshapen or damaged.
+    `dtypes` gives the stored type by path, `config` is what was given. UserError where a parameter is missing, misshapen or damaged.
     """
 
     def __init__(self, where: Path, config: ModelConfig):
         import tensorstore as ts
 
-        self.where = Path(where).absolute()
+        self.where, self.config = Path(where).absolute(), config
         metadata = self.where / "_METADATA"
         if not metadata.is_file():
             raise UserError(f"{where} is no Orbax checkpoint ({metadata.name} is missing); it is not whole, or no checkpoint of ours")

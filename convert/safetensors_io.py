@@ -38,14 +38,15 @@ class Tensor(NamedTuple):
 class SafetensorsFolder:
     """The tensors of an HF checkpoint, by name in the order of the files. Nothing is read but headers until `read`.
 
+    `single` is the name of the file where there is only one.
     Raises UserError for pickles, and for files that are absent, truncated or damaged or hold what no Llama has.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, single: str = SINGLE):
+        self.folder, self._single = Path(folder), single
         self.tensors: dict[str, Tensor] = {}
         weight_map = self._weight_map()
-        for file in sorted(set(weight_map.values())) if weight_map else [SINGLE]:
+        for file in sorted(set(weight_map.values())) if weight_map else [single]:
             for name, tensor in _read_header(self.folder / file).items():
                 if name in self.tensors:
                     both = f"{self.tensors[name].file.name} and {file}"
@@ -60,7 +61,7 @@ class SafetensorsFolder:
     def _weight_map(self) -> dict[str, str]:
         index = self.folder / INDEX
         if not index.is_file():
-            if not (self.folder / SINGLE).is_file():
+            if not (self.folder / self._single).is_file():
                 self._refuse()
             return {}
         try:
@@ -148,10 +149,13 @@ def parse_size(text: str | int) -> int:
 class SafetensorsWriter:
     """Writes tensors of known shapes into `folder`, piece by piece in any order, in files of at most `max_shard_size` bytes.
 
-    File names and index are HF's. A tensor larger than the limit gets a file of its own. A context manager, which closes the files.
+    File names and index are HF's, `single` is that of one file alone.
+    A tensor larger than the limit gets a file of its own. A context manager, which closes the files.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], max_shard_size: int):
+    def __init__(
+        self, folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype], max_shard_size: int, single: str = SINGLE
+    ):
         sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
         shards: list[list[str]] = [[]]
         room = max_shard_size
@@ -170,7 +174,7 @@ class SafetensorsWriter:
                 at += sizes[name]
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-(8 + len(text)) % ALIGNMENT)  # so that the data starts aligned
-            path = Path(folder) / (SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
+            path = Path(folder) / (single if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
             self._files[path] = DirectFile(path, 8 + len(text) + at)
             self._files[path].write(0, len(text).to_bytes(8, "little") + text)
             for name in members:

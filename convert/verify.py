@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llasa_jax.config import ModelConfig
 from llasa_jax.convert.hf_config import dtype_key
 from llasa_jax.convert.hf_files import CONFIG, read_json
-from llasa_jax.convert.safetensors_io import named_dtype
+from llasa_jax.convert.merge import merged_reader
+from llasa_jax.convert.safetensors_io import cast, named_dtype
 from llasa_jax.errors import UserError
 from llasa_jax.model import Llama
-from llasa_jax.model_folder import load_params, read_description
+from llasa_jax.model_folder import adapters_of, load_params, read_description
 from llasa_jax.sharding import make_mesh
 
 ROWS, LENGTH = 2, 64
@@ -57,13 +59,16 @@ def verify(hf_dir: Path, our_checkpoint: Path, *, step: int | None = None) -> Ve
     """
     hf_dir = Path(hf_dir)
     hf_config = read_json(hf_dir / CONFIG)
-    config, _ = read_description(our_checkpoint)
+    config, source = read_description(our_checkpoint)
     if hf_config.get("vocab_size") != config.vocab_size:
         raise UserError(f"{hf_dir} has {hf_config.get('vocab_size')} tokens and {our_checkpoint} {config.vocab_size}; they are no pair")
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
     theirs = _hf_logits(hf_dir, tokens)
     stored = named_dtype(hf_config.get(dtype_key(hf_config)) or "float32")
-    params = load_params(our_checkpoint, make_mesh(devices=jax.devices()[:1]), stored, step)
+    if adapters_of(source)[0]:
+        config, params = _merged(our_checkpoint, step, stored)
+    else:
+        params = load_params(our_checkpoint, make_mesh(devices=jax.devices()[:1]), stored, step)
     ours = np.asarray(_our_logits(config, params, tokens))
     result = Verification(
         float(np.abs(ours - theirs).max()),
@@ -73,6 +78,16 @@ def verify(hf_dir: Path, our_checkpoint: Path, *, step: int | None = None) -> Ve
     )
     print(result)
     return result
+
+
+def _merged(run: Path, step: int | None, dtype: np.dtype) -> tuple[ModelConfig, dict]:
+    """A LoRA run's weights as `export-hf --lora merge` writes them, in `dtype`."""
+    reader = merged_reader(run, step)
+    tree = {"layers": {}}
+    for path in reader.dtypes:
+        whole = np.concatenate([cast(piece, dtype) for _, piece in reader.pieces(path)])
+        (tree["layers"] if path.startswith("layers.") else tree)[path.removeprefix("layers.")] = whole
+    return reader.config, tree
 
 
 def _hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ Orbax writes a checkpoint under a temporary name and renames it when it is whole
 random state to keep: training draws nothing at random but the order of the data, and that is a seed and the place in it.
 """
 
-import json
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -16,10 +15,10 @@ import orbax.checkpoint as ocp
 
 from llasa_jax import hosts
 from llasa_jax.errors import UserError
-from llasa_jax.model_folder import CHECKPOINTS, PARAMS, chunking, saved_steps
+from llasa_jax.model_folder import ABOUT, CHECKPOINTS, PARAMS, check_fingerprint, chunking, read_about, saved_steps
 from llasa_jax.run_folder import is_full
 
-OPTIMIZER, DATA, ABOUT = "optimizer", "data", "about"
+OPTIMIZER, DATA = "optimizer", "data"
 DAMAGED = "damaged"
 
 
@@ -27,13 +26,15 @@ class Checkpoints:
     """The `checkpoints/` of a run's folder: the newest `keep`, and besides them the `keep_best` of the lowest validation loss.
 
     `clips` is the number of the training data's clips: the place in the data means something only for the same data, on the same number
-    of hosts, so both are kept with it. A context, which ends when everything is on disk; what cannot be written raises UserError.
+    of hosts, so both are kept with it. `base` is the folder and the fingerprint of the model that a LoRA run's checkpoints belong to. A
+    context, which ends when everything is on disk; what cannot be written raises UserError.
     """
 
-    def __init__(self, run: Path, keep: int, keep_best: int = 0, clips: int = 0):
+    def __init__(self, run: Path, keep: int, keep_best: int = 0, clips: int = 0, base: tuple[Path, str] | None = None):
         self._folder, self._keep, self._keep_best = (run / CHECKPOINTS).absolute(), keep, keep_best
         self._place = {"hosts": jax.process_count(), "clips": clips}
-        self._losses = {step: loss for step in saved_steps(run) if (loss := self._about(step).get("validation_loss")) is not None}
+        self._run, self._base = run, base
+        self._losses = {step: loss for step in saved_steps(run) if (loss := read_about(run, step).get("validation_loss")) is not None}
         options = ocp.CheckpointManagerOptions(preservation_policy=self, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -46,11 +47,12 @@ class Checkpoints:
             return
         if validation_loss is not None:
             self._losses[step] = validation_loss
+        base = {"base": str(self._base[0]), "fingerprint": self._base[1]} if self._base else {}
         items = {
             PARAMS: ocp.args.StandardSave(params, save_args=chunking(params)),
             OPTIMIZER: ocp.args.StandardSave(opt_state),
             DATA: grain.checkpoint.CheckpointSave(data),
-            ABOUT: ocp.args.JsonSave(self._place | {"validation_loss": validation_loss}),
+            ABOUT: ocp.args.JsonSave(self._place | base | {"validation_loss": validation_loss}),
         }
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -130,16 +132,10 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self._folder} ({reason}); mend that and give the same command again, which {since}"
             ) from error
 
-    def _about(self, step: int) -> dict:
-        """What is noted beside a checkpoint; nothing if that is damaged."""
-        try:
-            about = json.loads((self._folder / str(step) / ABOUT / "metadata").read_text())
-        except (OSError, ValueError):
-            return {}
-        return about if isinstance(about, dict) else {}
-
     def _check_place(self, step: int) -> None:
-        about = self._about(step)
+        if self._base:
+            check_fingerprint(self._run, step, *self._base)
+        about = read_about(self._run, step)
         for name, now in self._place.items():
             before = about.get(name, now)
             if before != now:

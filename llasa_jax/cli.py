@@ -31,6 +31,7 @@ def _export_hf(args) -> None:
         max_shard_size=args.max_shard_size,
         verify=args.verify,
         push_to_hub=args.push_to_hub,
+        lora=args.lora,
     )
 
 
@@ -116,6 +117,7 @@ def _tokenizer(name: str):
 
 
 def _train(args) -> None:
+    from llasa_jax.convert.peft_adapter import begin_with
     from llasa_jax.data.doctor import examine_before_training
     from llasa_jax.data.records import codec_of, open_sources
     from llasa_jax.memory import out_of_memory_explained
@@ -130,8 +132,9 @@ def _train(args) -> None:
     records, validation = open_sources(settings.sources)
     codec = codec_of(settings.sources)
     examine_before_training(settings)
+    settings, adapter = begin_with(settings)
     with out_of_memory_explained(settings):
-        train(settings, records, validation, codec)
+        train(settings, records, validation, codec, adapter)
 
 
 def _plan(args) -> None:
@@ -212,7 +215,8 @@ def _report(args) -> None:
 
 
 def _generate(args) -> None:
-    from llasa_jax.generate import generate
+    from llasa_jax.convert.peft_adapter import open_adapters
+    from llasa_jax.generate import Line, generate
     from llasa_jax.sampling import SamplingSettings
 
     sampling = SamplingSettings(
@@ -223,10 +227,12 @@ def _generate(args) -> None:
         speech_only=not args.any_token,
         seed=args.seed,
     )
+    if len(args.out) != len(args.text):
+        raise UserError(f"{len(args.text)} texts and {len(args.out)} files to write were given; give an --out for each --text")
+    adapters = open_adapters(args.adapter, args.model, len(args.text))
     generate(
         args.model,
-        args.text,
-        args.out,
+        [Line(*line) for line in zip(args.text, args.out, adapters, strict=True)],
         codec=args.codec,
         prompt_audio=args.prompt_audio,
         prompt_text=args.prompt_text,
@@ -264,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("destination", type=Path, help="a new folder for the checkpoint")
     sub.add_argument("--step", type=int, help="which of a run's checkpoints; the latest if not given")
     sub.add_argument("--dtype", choices=dtypes, help="write this type instead of that of the imported checkpoint")
+    sub.add_argument("--lora", choices=("adapter", "merge"), help="of a LoRA run: PEFT's adapter alone, or a whole model")
     sub.add_argument("--max-shard-size", default="5GB", help="start a new safetensors file beyond this size")
     sub.add_argument("--verify", action="store_true", help="compare the logits of what was written with ours")
     sub.add_argument("--push-to-hub", metavar="REPO", help="upload to this repository on the hub as well")
@@ -339,10 +346,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-length", type=int, default=2048, help="tokens of a row, as data.max_length")
     sub.add_argument("--sample", type=int, default=200_000, help="look at no more clips of a split than this")
 
-    sub = command("generate", _generate, "Speak a text.")
+    sub = command("generate", _generate, "Speak a text, or several at once: give --text, --out and, if need be, --adapter for each.")
     sub.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
-    sub.add_argument("--text", required=True)
-    sub.add_argument("--out", type=Path, required=True, help="the wav to write")
+    sub.add_argument("--text", action="append", required=True)
+    sub.add_argument("--out", action="append", type=Path, required=True, help="the wav to write")
+    sub.add_argument(
+        "--adapter", action="append", default=[], help="PEFT's or a LoRA run's folder, one for all texts or one each; '' is none"
+    )
     sub.add_argument("--codec", default=DEFAULT_CODEC, help="an XCodec2 checkpoint in transformers' format: a hub id or a folder")
     sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that runs the codec")
     sub.add_argument("--speaker", default="", help="a speaker of the training data")

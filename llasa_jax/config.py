@@ -1,5 +1,6 @@
-"""The model's geometry. The training settings live in `llasa_jax.settings`."""
+"""The model's geometry, and its adapters'. The training settings live in `llasa_jax.settings`."""
 
+import math
 from dataclasses import dataclass
 
 # Both tables are padded to a multiple of this, so that any usual `tensor` axis divides them; the padding's logits are
@@ -37,3 +38,27 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What LoRA trains beside a frozen model. Each of `targets` has an adapter of `rank`, which adds `scale` times its product.
+
+    `modules` are trained whole: "norms", "embed" or "head". `rows` are ids of tokens whose rows of the tables are trained by themselves.
+    `dropout` is on what goes into an adapter, in training alone. With a `batch`, ranks and rows are several adapters' side by side, and
+    each of so many rows of a batch has factors of its own for them (see `llasa_jax.lora.side_by_side`).
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    batch: int = 0
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rslora."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

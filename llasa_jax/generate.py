@@ -22,11 +22,12 @@ from flax import nnx
 from llasa_jax.audio import read_audio, write_audio
 from llasa_jax.codec import DEFAULT_CODEC, Codec, load_codec
 from llasa_jax.errors import UserError
+from llasa_jax.lora import Adapter, join, place, side_by_side
 from llasa_jax.model import Cache, Llama
-from llasa_jax.model_folder import load_params, load_tokenizer, read_description
+from llasa_jax.model_folder import adapters_of, load_params, load_tokenizer, read_description
 from llasa_jax.prompts import Prompter, PromptSettings
 from llasa_jax.sampling import SamplingSettings, draw, process
-from llasa_jax.sharding import make_mesh
+from llasa_jax.sharding import abstract_params, make_mesh
 from llasa_jax.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
 
 if TYPE_CHECKING:
@@ -171,27 +172,48 @@ def _generate(graphdef, params, tokens_BS, lengths_B, ends_B, allowed_V, stop_id
 
 
 def load(
-    folder: Path, dtype: Literal["bfloat16", "float32"] = "bfloat16", step: int | None = None, tensor: int = 1
+    folder: Path,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    step: int | None = None,
+    tensor: int = 1,
+    adapters: Sequence[Adapter | None] = (),
 ) -> tuple[nnx.GraphDef, dict, Prompter, "PreTrainedTokenizerBase"]:
     """A model's or run's folder, ready for `generate_codes`: graph, weights, the prompts it was trained with, and its tokenizer.
 
-    `step` picks a run's checkpoint (the latest by default); `tensor` is how many devices share the weights. UserError for what is
-    no such folder.
+    `step` picks a run's checkpoint (the latest by default); `tensor` is how many devices share the weights; `adapters` names one, or
+    none, for each row of the batch to come, and if it is the same for all, for any batch. UserError for what is no such folder.
     """
     config, source = read_description(folder)
     tokenizer = load_tokenizer(folder)
     prompter = Prompter(tokenizer, PromptSettings(**source.get("prompt", {})))
     if prompter.vocab.size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {prompter.vocab.size} tokens but the model {config.vocab_size}; import it again")
-    params = load_params(folder, make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]), jnp.dtype(dtype), step)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat="none"))
+    mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
+    params, (its, _) = load_params(folder, mesh, jnp.dtype(dtype), step), adapters_of(source)
+    distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
+    if distinct:
+        if its:
+            raise UserError(f"{folder} is a LoRA run, which has its adapters already; give its base as the model")
+        chosen = [distinct.index(adapter) if adapter else None for adapter in adapters]
+        adapter = distinct[0] if {*chosen} == {0} else side_by_side(distinct, chosen, config)
+        its = adapter.config
+        params = join(params, place(adapter.params, abstract_params(config, mesh, jnp.dtype(dtype), its)))
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat="none", adapters=its))
     return nnx.graphdef(model), params, prompter, tokenizer
+
+
+@dataclass(frozen=True)
+class Line:
+    """A text to speak, the file to write and, beside the model, the adapter to speak with."""
+
+    text: str
+    out: Path
+    adapter: Adapter | None = None
 
 
 def generate(
     model: Path,
-    text: str,
-    out: Path,
+    lines: Sequence[Line],
     *,
     codec: str | Path = DEFAULT_CODEC,
     prompt_audio: Path | None = None,
@@ -205,30 +227,41 @@ def generate(
     step: int | None = None,
     device: str = "cpu",
     tensor: int = 1,
-) -> Generated:
-    """Says `text` with the model or run in the folder `model`, writes it to `out` (16 kHz mono) and prints one line about it.
+) -> list[Generated]:
+    """Says each of `lines` with the model or run in the folder `model`, all in one batch, writes 16 kHz mono and prints a line about it.
 
     `prompt_audio`, a recording of the voice to clone, goes with `prompt_text`, what it says; neither is in `out`. The speech is cut
     at `max_seconds`, by default at `plausible_limit`. `dtype` is for weights and arithmetic, `device` is the codec's, for PyTorch.
     An `out` that exists is replaced once the new speech is whole. Raises UserError for bad input and where no speech comes.
     """
-    out, sampling = Path(out), sampling or SamplingSettings()
-    _check_request(out, prompt_audio, prompt_text, max_seconds)
+    sampling = sampling or SamplingSettings()
+    for line in lines:
+        _check_request(Path(line.out), prompt_audio, prompt_text, max_seconds)
     wave = None if prompt_audio is None else read_audio(prompt_audio)
-    graphdef, params, prompter, tokenizer = load(model, dtype, step, tensor)
-    # Before the codec, which takes longer to load, in case the text is refused.
+    graphdef, params, of_model, tokenizer = load(model, dtype, step, tensor, [line.adapter for line in lines])
+    # Before the codec, which takes longer to load, in case a text is refused.
     wanted = {"speaker": speaker, "description": description, "language": language}
-    prompter.opening(text, **wanted)
+    known = [line.adapter and line.adapter.prompt for line in lines]
+    prompters = [Prompter(tokenizer, PromptSettings(**prompt)) if prompt else of_model for prompt in known]
+    for line, prompter in zip(lines, prompters, strict=True):
+        prompter.opening(line.text, **wanted)
     voice = load_codec(codec, device)
     _check_codec(model, voice)
     heard = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
-    prompt = prompter.opening(text, **wanted, prompt_text=prompt_text or "", prompt_codes=heard)
-    limit = plausible_limit(text) if max_seconds is None else math.ceil(max_seconds * CODES_PER_SECOND)
-    stop_ids = [prompter.vocab.speech_end] + ([] if sampling.speech_only else [tokenizer.convert_tokens_to_ids("<|eot_id|>")])
+    heard_too = {"prompt_text": prompt_text or "", "prompt_codes": heard}
+    prompts = [prompter.opening(line.text, **wanted, **heard_too) for line, prompter in zip(lines, prompters, strict=True)]
+    limits = [plausible_limit(line.text) if max_seconds is None else math.ceil(max_seconds * CODES_PER_SECOND) for line in lines]
+    stop_ids = [of_model.vocab.speech_end] + ([] if sampling.speech_only else [tokenizer.convert_tokens_to_ids("<|eot_id|>")])
 
     started = time.perf_counter()
-    (result,) = generate_codes(graphdef, params, [prompt], prompter.vocab, limit, sampling, stop_ids)
+    results = generate_codes(graphdef, params, prompts, of_model.vocab, limits, sampling, stop_ids)
     took = time.perf_counter() - started
+    for line, result in zip(lines, results, strict=True):
+        _write(Path(line.out), result, heard, voice, took)
+    return results
+
+
+def _write(out: Path, result: Generated, heard: np.ndarray, voice: Codec, took: float) -> None:
     if not len(result.codes):
         raise UserError(f"the model ended before any speech, so {out} was not written; try another seed or a higher temperature")
 
@@ -245,7 +278,6 @@ def generate(
         f"{out}: {len(spoken) / voice.sample_rate:.2f} s of speech, {ending}; "
         f"{len(result.codes)} codes in {took:.1f} s ({len(result.codes) / took:.0f} a second, compilation included)"
     )
-    return result
 
 
 def _check_codec(model: Path, voice: Codec) -> None:

@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.sharding import ROWS, TABLE, VOCABULARY, make_mesh
 
+Factors = tuple[jax.Array, ...]
+
 
 def chunked_cross_entropy(
-    hidden_BTD: jax.Array,
-    table_VD: jax.Array,
+    hidden_BTD: jax.Array | Factors,
+    table_VD: jax.Array | Factors,
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     *,
@@ -30,38 +32,52 @@ def chunked_cross_entropy(
 
     `table` may be padded beyond `vocab_size`: its padding takes no part. Both results are float32 scalars; divide by the mask's
     sum for means. `chunk` must divide T. `mesh` is the first device alone if not given.
+
+    `hidden` and `table` may be tuples: their products are summed, each with a D of its own. A table that is not differentiated costs
+    no gradient.
     """
     mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return _cross_entropy(vocab_size, chunk, mesh, hidden_BTD, table_VD, targets_BT, mask_BT)
+    return _cross_entropy(vocab_size, chunk, mesh, _tuple(hidden_BTD), _tuple(table_VD), targets_BT, mask_BT)
+
+
+def _tuple(x) -> Factors:
+    return x if isinstance(x, tuple) else (x,)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _cross_entropy(vocab_size, chunk, mesh, hidden, table, targets, mask):
-    return _on_mesh(vocab_size, chunk, mesh, False, hidden, table, targets, mask)[:2]
+    return _on_mesh(vocab_size, chunk, mesh, None, hidden, table, targets, mask)[:2]
 
 
 def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
-    nats, correct, *grads = _on_mesh(vocab_size, chunk, mesh, True, hidden, table, targets, mask)
-    # In the table's own precision, and back where the table lies
-    grad_table = jax.lax.with_sharding_constraint(grads[1].astype(table.dtype), NamedSharding(mesh, TABLE))
-    return (nats, correct), (grads[0], grad_table)
+    learns = tuple(one.perturbed for one in table)
+    hidden, table, targets, mask = jax.tree.map(lambda primal: primal.value, (hidden, table, targets, mask))
+    nats, correct, grad_hidden, grad_table = _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask)
+    # In the table's own precision, and back where the table lies; an adapter's rank is not split
+    places = [TABLE, *[PartitionSpec(TABLE[0])] * (len(table) - 1)]
+    grad_table = tuple(
+        grad if grad is None else jax.lax.with_sharding_constraint(grad.astype(one.dtype), NamedSharding(mesh, place))
+        for grad, one, place in zip(grad_table, table, places, strict=True)
+    )
+    return (nats, correct), (grad_hidden, grad_table)
 
 
 def _backward(vocab_size, chunk, mesh, grads, cotangents):
-    hidden, table = grads
     of_nats = cotangents[0]
-    return (hidden * of_nats).astype(hidden.dtype), (table * of_nats).astype(table.dtype), None, None
+    hidden, table = jax.tree.map(lambda grad: (grad * of_nats).astype(grad.dtype), grads)
+    return hidden, table, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_mesh(vocab_size, chunk, mesh, with_grads, hidden, table, targets, mask):
-    """Sums, and with `with_grads` the gradients of hidden states and table (float32, split over its vocabulary)."""
-    table = jax.lax.with_sharding_constraint(table.astype(hidden.dtype), NamedSharding(mesh, PartitionSpec(VOCABULARY)))
-    grad_specs = (ROWS, PartitionSpec(VOCABULARY)) if with_grads else ()
+def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
+    """Sums, and unless `learns` is None the gradients of hidden states and of tables that learn (float32, split over the vocabulary)."""
+    split = NamedSharding(mesh, PartitionSpec(VOCABULARY))
+    table = tuple(jax.lax.with_sharding_constraint(one.astype(hidden[0].dtype), split) for one in table)
+    grad_specs = () if learns is None else (ROWS, tuple(PartitionSpec(VOCABULARY) if one else None for one in learns))
     return jax.shard_map(
-        partial(_on_device, vocab_size, chunk, with_grads),
+        partial(_on_device, vocab_size, chunk, learns),
         mesh=mesh,
         in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS),
         out_specs=(PartitionSpec(), PartitionSpec(), *grad_specs),
@@ -69,24 +85,25 @@ def _on_mesh(vocab_size, chunk, mesh, with_grads, hidden, table, targets, mask):
     )(hidden, table, targets, mask)
 
 
-def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, mask_BT):
+def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask_BT):
     """What one device does: its share of the vocabulary, for every row of its `fsdp` group."""
-    B, T, D = hidden_BTD.shape
-    classes_V = jax.lax.axis_index(VOCABULARY) * table_VD.shape[0] + jnp.arange(table_VD.shape[0])
+    B, T = targets_BT.shape
+    share = table_VD[0].shape[0]
+    classes_V = jax.lax.axis_index(VOCABULARY) * share + jnp.arange(share)
     # The tokens that count come first in each row, so that the chunks behind them, a prompt's share of the work, are left out.
     order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
-    of_chunks = tuple(
-        _chunks(jnp.take_along_axis(x, order_BT.reshape(B, T, *(1,) * (x.ndim - 2)), axis=1), chunk)
-        for x in (hidden_BTD, targets_BT, mask_BT)
+    of_chunks = jax.tree.map(
+        lambda x: _chunks(jnp.take_along_axis(x, order_BT.reshape(B, T, *(1,) * (x.ndim - 2)), axis=1), chunk),
+        (hidden_BTD, targets_BT, mask_BT),
     )
     # The same number on all devices, for all take part in what is exchanged.
     most = jax.lax.pmax(jnp.max(jnp.sum(mask_BT, axis=1)), ("data", *VOCABULARY))
 
     def step(i, carry):
         nats, correct, grad_table_VD, grads = carry
-        rows = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in of_chunks)
-        hidden_BCD, targets_BC, mask_BC = (jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) for x in rows)
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), of_chunks)
+        hidden_BCD, targets_BC, mask_BC = jax.tree.map(lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), rows)
+        logits_BCV = _logits(hidden_BCD, table_VD)
         logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
         is_target_BCV = classes_V == targets_BC[..., None]
         of_target_BC = jax.lax.psum(jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY)
@@ -95,43 +112,60 @@ def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, 
         logsumexp_BC = top_BC + jnp.log(exp_sum_BC)
         nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
         correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
-        if not with_grads:
+        if learns is None:
             return nats, correct, grad_table_VD, grads
-        grad_BCV = jnp.where(mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0).astype(table_VD.dtype)
-        grad_table_VD += jnp.einsum("BCV,BCD->VD", grad_BCV, hidden_BCD, preferred_element_type=jnp.float32)
-        grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, table_VD, preferred_element_type=jnp.float32)
-        grad_BCD = jax.lax.psum_scatter(jax.lax.psum(grad_BCD, "tensor"), "fsdp", scatter_dimension=0, tiled=True)
-        return nats, correct, grad_table_VD, jax.lax.dynamic_update_index_in_dim(grads, grad_BCD.astype(grads.dtype), i, 0)
+        grad_BCV = jnp.where(mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0).astype(
+            table_VD[0].dtype
+        )
 
-    no_grads = (jnp.zeros(table_VD.shape, jnp.float32), jnp.zeros_like(of_chunks[0])) if with_grads else (None, None)
+        def to_table(sum_VD, x_BCD):
+            return None if sum_VD is None else sum_VD + jnp.einsum("BCV,BCD->VD", grad_BCV, x_BCD, preferred_element_type=jnp.float32)
+
+        def to_hidden(grads, one_VD):
+            grad_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, one_VD, preferred_element_type=jnp.float32)
+            grad_BCD = jax.lax.psum_scatter(jax.lax.psum(grad_BCD, "tensor"), "fsdp", scatter_dimension=0, tiled=True)
+            return jax.lax.dynamic_update_index_in_dim(grads, grad_BCD.astype(grads.dtype), i, 0)
+
+        return nats, correct, tuple(map(to_table, grad_table_VD, hidden_BCD)), tuple(map(to_hidden, grads, table_VD))
+
+    no_grads = (None, None)
+    if learns is not None:
+        no_grad_table = tuple(jnp.zeros(one.shape, jnp.float32) if learn else None for one, learn in zip(table_VD, learns, strict=True))
+        no_grads = no_grad_table, jax.tree.map(jnp.zeros_like, of_chunks[0])
     start = (jnp.float32(0), jnp.float32(0), *no_grads)
     nats, correct, grad_table_VD, grads = jax.lax.fori_loop(0, -(-most // chunk), step, start)
     # Every device of an fsdp group has the same sums, for all of its rows.
     nats, correct = jax.lax.psum((nats, correct), "data")
-    if not with_grads:
+    if learns is None:
         return nats, correct
-    grad_BTD = jnp.take_along_axis(jnp.moveaxis(grads, 0, 1).reshape(B, T, D), jnp.argsort(order_BT, axis=1)[..., None], axis=1)
+    back_BT1 = jnp.argsort(order_BT, axis=1)[..., None]
+    grad_BTD = tuple(jnp.take_along_axis(jnp.moveaxis(grad, 0, 1).reshape(B, T, -1), back_BT1, axis=1) for grad in grads)
     return nats, correct, grad_BTD, jax.lax.psum(grad_table_VD, "data")
 
 
+def _logits(hidden_BCD: Factors, table_VD: Factors) -> jax.Array:
+    return sum(jnp.einsum("BCD,VD->BCV", x, one, preferred_element_type=jnp.float32) for x, one in zip(hidden_BCD, table_VD, strict=True))
+
+
 def chunked_ranks(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int
+    hidden_BTD: jax.Array | Factors, table_VD: jax.Array | Factors, targets_BT: jax.Array, *, vocab_size: int, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than the target, int32 [B, T].
 
     For validation, in chunks as above: a target is among the ten likeliest where fewer than ten are likelier.
     """
-    table_VD = table_VD.astype(hidden_BTD.dtype)
+    hidden_BTD = _tuple(hidden_BTD)
+    table_VD = tuple(one.astype(hidden_BTD[0].dtype) for one in _tuple(table_VD))
 
     def step(_, chunk_of_rows):
         hidden_BCD, targets_BC = chunk_of_rows
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-        logits_BCV = jnp.where(jnp.arange(table_VD.shape[0]) < vocab_size, logits_BCV, -jnp.inf)
+        logits_BCV = _logits(hidden_BCD, table_VD)
+        logits_BCV = jnp.where(jnp.arange(table_VD[0].shape[0]) < vocab_size, logits_BCV, -jnp.inf)
         of_target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
         return None, (nll_BC, jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32))
 
-    _, of_chunks = jax.lax.scan(step, None, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
+    _, of_chunks = jax.lax.scan(step, None, jax.tree.map(partial(_chunks, chunk=chunk), (hidden_BTD, targets_BT)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape), of_chunks)
 
 

@@ -25,9 +25,9 @@ def held_gib(config: ModelConfig, settings: Settings, step) -> dict[str, float]:
     products = 2 * config.hidden_size + (heads + 3 * config.intermediate_size) / tensor
     widths = config.hidden_size + {"full": 0, "dots": products, "none": 2.5 * products}[settings.model.remat]
     return {
-        "parameters": gib(step.params),
+        "parameters": gib((step.frozen, step.trainable)),
         "optimizer state": gib(step.opt_state),
-        "gradients": gib(step.params) * (2 if settings.train.accumulation > 1 else 1),
+        "gradients": gib(step.trainable) * (2 if settings.train.accumulation > 1 else 1),
         "activations kept for the backward pass": elements * widths * (2 if settings.model.dtype == "bfloat16" else 4) / GIB,
     }
 

@@ -21,6 +21,7 @@ from llasa_jax.config import ModelConfig, RopeScaling
 from llasa_jax.errors import UserError
 from llasa_jax.flops import StepShape, model_flops, step_seconds
 from llasa_jax.hardware import GPUS, TPUS, Device, known_topologies, parse_topology
+from llasa_jax.lora import MODULES, adapter_config
 from llasa_jax.memory import advice, held_gib, is_out_of_memory, working_gib
 from llasa_jax.optimizer import make_optimizer
 from llasa_jax.settings import Settings
@@ -101,7 +102,10 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         raise UserError(f"train.rows={rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
     # What is only estimated has no platform to choose an attention for.
     model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
-    step = TrainStep(config, model, make_optimizer(settings.optimizer, 1000), mesh)
+    optimizer, lora = make_optimizer(settings.optimizer, 1000), settings.lora
+    # A plan has no tokenizer: what rows of single tokens take is next to nothing.
+    adapters = adapter_config(dataclasses.replace(lora, train_also=[name for name in lora.train_also if name in MODULES]), config, {})
+    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, frozen_dtype=lora.frozen_dtype, quantization=lora.quantize)
     held = held_gib(config, settings, step)
     if estimated:
         peak = sum(held.values()) + working_gib(config, settings, mesh)

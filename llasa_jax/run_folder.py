@@ -12,6 +12,7 @@ import jax
 import yaml
 
 from llasa_jax import model_folder
+from llasa_jax.config import AdapterConfig
 from llasa_jax.errors import UserError
 from llasa_jax.settings import Settings
 
@@ -33,10 +34,10 @@ MAY_CHANGE = (
 
 
 @contextmanager
-def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None) -> Iterator[None]:
+def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None, adapters: AdapterConfig | None = None) -> Iterator[None]:
     """Makes the run's folder, or makes sure that what lies there is this very run, and holds it against other processes.
 
-    `codec` says what made the training codes: it is kept in `model.json`, beside the prompt to generate with.
+    `codec` says what made the training codes: it is kept in `model.json`, beside the prompt to generate with and a LoRA run's `adapters`.
     UserError where another process trains there, where the folder holds something else, and (at any time inside) where its disk is full.
     """
     try:
@@ -53,6 +54,9 @@ def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None) 
             config, origin = model_folder.read_description(source)
             model_folder.copy_description(source, run)
             kept = {"prompt": dataclasses.asdict(settings.voice)} | ({"codec": codec} if codec else {})
+            if adapters:
+                its = {"adapters": dataclasses.asdict(adapters), "quantize": settings.lora.quantize}
+                kept["lora"] = {"base": str(source.absolute())} | its
             model_folder.write_description(run, config, origin | kept)
             yield
     except OSError as error:

@@ -9,6 +9,7 @@ import yaml
 
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import PromptSettings
+from llasa_jax.quantize import Quantization
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -28,6 +29,27 @@ class ModelSettings:
     attention: Literal["auto", "xla", "splash", "triton"] = "auto"
     remat: Literal["none", "dots", "full"] = "full"
     loss_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """With a `rank` from 1 on, adapters are trained beside a frozen model, as PEFT's LoRA; 0 trains all weights.
+
+    `targets` are any of q, k, v, o, gate, up, down, embed and head. An adapter's product counts alpha / rank times, with `rslora`
+    alpha / sqrt(rank). `train_also` lists what is trained besides: norms, embed or head as a whole, or tokens (such as "<|laugh|>"), whose
+    rows of embedding and head are. `init`: a PEFT adapter to go on from. Frozen weights are kept in `frozen_dtype`, trained ones in
+    model.param_dtype. `quantize` keeps the layers' frozen matrices in 8 or, as QLoRA, in 4 bits, and leaves tables and norms as they are.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: list[str] = field(default_factory=lambda: ["q", "v"])
+    rslora: bool = False
+    train_also: list[str] = field(default_factory=list)
+    init: str = ""
+    frozen_dtype: Dtype = "bfloat16"
+    quantize: Quantization = "none"
 
 
 @dataclass(frozen=True)
@@ -147,6 +169,7 @@ class Settings:
 
     out: str = ""
     model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataSettings = field(default_factory=DataSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)

@@ -10,12 +10,14 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llasa_jax.config import ModelConfig
+from llasa_jax.config import AdapterConfig, ModelConfig
 from llasa_jax.errors import UserError
-from llasa_jax.model import Layout, parameter_axes, sizes
+from llasa_jax.model import INPUTS, LAYER_AXES, Layout, parameter_axes, sizes
+from llasa_jax.quantize import Quantization, Quantized, quantize
 
+LAYER_MATRICES = tuple(name for name in LAYER_AXES if name in INPUTS)
 MESH_AXES = ("data", "fsdp", "tensor")
-RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor"}
+RULES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None, "F": "tensor", "R": None, "X": None, "B": None}
 ROWS = PartitionSpec(("data", "fsdp"))
 TABLE = PartitionSpec("tensor", "fsdp")
 # How the loss splits the classes: over every device that does not merely repeat the weights.
@@ -70,7 +72,7 @@ def _rows_by_process(mesh: Mesh) -> Mesh:
 NAMES = {"V": "padded vocabulary", "D": "hidden_size", "N": "num_attention_heads", "K": "num_key_value_heads", "F": "intermediate_size"}
 
 
-def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
+def parameter_shardings(config: ModelConfig, mesh: Mesh, adapters: AdapterConfig | None = None) -> dict:
     """A `NamedSharding` for each parameter, in the shape of the parameter tree.
 
     Raises UserError where a dimension does not divide over its mesh axis.
@@ -89,7 +91,7 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
         # A norm's weight is a few kilobytes: not worth a gather.
         return NamedSharding(mesh, PartitionSpec() if axes in ("D", "LD") else PartitionSpec(*(RULES[letter] for letter in axes)))
 
-    return jax.tree.map(sharding, parameter_axes(config))
+    return jax.tree.map(sharding, parameter_axes(config, adapters))
 
 
 class MeshLayout(Layout):
@@ -128,11 +130,39 @@ _moved.defvjp(
 )
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype) -> dict:
-    """The parameter tree as `ShapeDtypeStruct`s that know their sharding: what to restore, import or compile for."""
-    size = sizes(config)
-    return jax.tree.map(
+def abstract_params(
+    config: ModelConfig, mesh: Mesh, dtype, adapters: AdapterConfig | None = None, quantization: Quantization = "none"
+) -> dict:
+    """The parameter tree as `ShapeDtypeStruct`s that know their sharding: what to restore, import or compile for.
+
+    With a `quantization` the layers' matrices are `Quantized`.
+    """
+    size = sizes(config, adapters)
+    params = jax.tree.map(
         lambda axes, sharding: jax.ShapeDtypeStruct(tuple(size[letter] for letter in axes), dtype, sharding=sharding),
-        parameter_axes(config),
-        parameter_shardings(config, mesh),
+        parameter_axes(config, adapters),
+        parameter_shardings(config, mesh, adapters),
     )
+    if quantization != "none":
+        matrices = {name: _abstract_quantized(params["layers"][name], quantization, len(INPUTS[name])) for name in LAYER_MATRICES}
+        params["layers"] |= matrices
+    return params
+
+
+def _abstract_quantized(weight: jax.ShapeDtypeStruct, kind: Quantization, inputs: int) -> Quantized:
+    """A weight's codes and scales lie as it does; a dimension of the scales that does not divide over the mesh is whole everywhere."""
+    mesh = weight.sharding.mesh
+    kept = jax.eval_shape(partial(quantize, kind=kind, inputs=inputs), weight)
+
+    def place(part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = [
+            axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(part.shape, weight.sharding.spec, strict=True)
+        ]
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    placed = jax.tree.map(place, kept)
+    if placed.codes.sharding.spec != weight.sharding.spec:
+        raise UserError(
+            f"a mesh of {dict(mesh.shape)} does not divide weights of two to a byte; choose fewer devices, or lora.quantize=int8"
+        )
+    return placed

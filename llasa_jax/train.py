@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llasa_jax import hosts, model_folder, run_folder
@@ -13,6 +12,7 @@ from llasa_jax.alarm import LossAlarm
 from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
+from llasa_jax.lora import Adapter, adapter_config, count, join, new_adapters, place, split
 from llasa_jax.metrics import Metrics
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.profiler import Profiler
@@ -30,17 +30,26 @@ Records = Sequence[Utterance] | Sequence[Conversation]
 
 
 def train(
-    settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = (), codec: dict[str, str] | None = None
+    settings: Settings,
+    records: Sequence[Records],
+    validation: Sequence[Records | None] = (),
+    codec: dict[str, str] | None = None,
+    adapter: Adapter | None = None,
 ) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
     `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. `codec`, the
-    `codec` and `fingerprint` of what made their codes, is kept with the run. Ctrl-C and SIGTERM save a checkpoint and stop with status
-    130 or 143. Raises UserError on settings that cannot work, on a full disk, and on a loss that is no number.
+    `codec` and `fingerprint` of what made their codes, is kept with the run. `adapter` is what a LoRA run begins with, if not a new one.
+    Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk,
+    and on a loss that is no number.
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
-    config, _ = model_folder.read_description(source)
+    if settings.lora.rank and model_folder.saved_steps(run):
+        model_folder.check_base(run, source)
+    config, origin = model_folder.read_description(source)
+    if "lora" in origin:
+        raise UserError(f"{source} is a LoRA run; merge it (`export-hf --lora merge`, then `import-hf`), or go on from it with lora.init")
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
     tokenizer = model_folder.load_tokenizer(source)
     prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
@@ -66,20 +75,26 @@ def train(
     profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
-    step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids)
+    adapters = adapter_config(settings.lora, config, tokenizer.get_vocab())
+    kept = {"frozen_dtype": settings.lora.frozen_dtype, "quantization": settings.lora.quantize}
+    options = {"adapters": adapters, "seed": settings.train.seed} | kept
+    step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
-    with run_folder.claimed(run, settings, codec):
+    with run_folder.claimed(run, settings, codec, adapters):
         # The state, new or gone back to
         data = iter(batches(sources, shape, **pipeline))
-        checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)))
-        restored = checkpoints.restore(step_functions.params, step_functions.opt_state, data)
+        frozen, base = {}, None
+        if adapters:
+            frozen, trainable, base = _begin_lora(source, step_functions, adapter)
+        checkpoints = Checkpoints(run, settings.train.keep, settings.train.keep_best, clips=sum(map(len, records)), base=base)
+        restored = checkpoints.restore(step_functions.trainable, step_functions.opt_state, data)
         if restored:
-            start, params, opt_state = restored
+            start, trainable, opt_state = restored
             say(f"going on after step {start}")
         else:
-            start, params = 0, model_folder.load_params(source, mesh, jnp.dtype(settings.model.param_dtype))
-            opt_state = step_functions.init(params)
+            start, trainable = 0, trainable if adapters else model_folder.restore_params(source, step_functions.trainable)
+            opt_state = step_functions.init(trainable)
 
         # The steps
         step = start
@@ -91,8 +106,8 @@ def train(
                 with throughput.waiting(progress.computing):
                     batch = next(data)
                     placed = _place(batch, step_functions)
-                profiler.before(step, params)
-                params, opt_state, numbers = step_functions.train(params, opt_state, placed)
+                profiler.before(step, trainable)
+                trainable, opt_state, numbers = step_functions.train(frozen, trainable, opt_state, placed)
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()
 
@@ -105,11 +120,11 @@ def train(
                     for_best = save and settings.train.keep_best
                     if held_out and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
                         unseen = hosts.evenly(batches(held_out, shape, **pipeline, repeat=False), jax.tree.map(np.zeros_like, batch))
-                        validation_loss = _validate(step, step_functions, params, unseen, metrics)
+                        validation_loss = _validate(step, step_functions, frozen, trainable, unseen, metrics)
                     if save:
-                        checkpoints.save(step, params, opt_state, data, validation_loss)
+                        checkpoints.save(step, trainable, opt_state, data, validation_loss)
                     if samples and not stopping and (step % settings.log.samples_every == 0 or last):
-                        samples.write(step, step_functions.graphdef, params, metrics)
+                        samples.write(step, step_functions.graphdef, join(frozen, trainable), metrics)
                 if stopping:
                     break
         if best := checkpoints.best():
@@ -121,11 +136,24 @@ def train(
     return run
 
 
-def _validate(step: int, step_functions: TrainStep, params: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
+def _begin_lora(source: Path, step_functions: TrainStep, adapter: Adapter | None) -> tuple[dict, dict, tuple[Path, str]]:
+    """The frozen and the trainable parameters before any training, and what tells the base from other models."""
+    adapters, wanted = step_functions.adapters, step_functions.trainable
+    base = {name: leaf for name, leaf in join(step_functions.frozen, wanted).items() if name not in ("lora", "rows")}
+    params = model_folder.restore_params(source, base)
+    frozen, trainable = split(params, adapters)
+    trainable |= new_adapters(params, wanted, adapters, step_functions.seed)
+    if adapter:
+        trainable = join(trainable, place(adapter.params, wanted))
+    say("{:,} trained parameters beside {:,} frozen ones".format(*count(step_functions.config, adapters)))
+    return frozen, trainable, (source, model_folder.fingerprint(params, step_functions.mesh, source))
+
+
+def _validate(step: int, step_functions: TrainStep, frozen: dict, trainable: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
     """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target."""
     sums: dict[str, float] = {}
     for batch in held_out:
-        for name, value in step_functions.validate(params, _place(batch, step_functions)).items():
+        for name, value in step_functions.validate(frozen, trainable, _place(batch, step_functions)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
         raise UserError("no clip of the validation split fits a row; raise data.max_length, or choose another data.validation_split")

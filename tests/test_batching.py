@@ -208,7 +208,7 @@ def test_packed_rows_learn_as_padded_ones_do(clips):
             model = our_llama(config, params)
             hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
             return chunked_cross_entropy(
-                hidden, model.output_table, batch["targets"], batch["loss_mask"], vocab_size=len(tokenizer), chunk=64
+                *model.output_factors(hidden), batch["targets"], batch["loss_mask"], vocab_size=len(tokenizer), chunk=64
             )[0] / sum(len(clip.codes) + 2 for clip in few)
 
         return jax.value_and_grad(nats)(params)

@@ -11,7 +11,7 @@ from reference import config_of, params_of
 from llasa_jax import generate as generation
 from llasa_jax.config import ModelConfig
 from llasa_jax.errors import UserError
-from llasa_jax.generate import generate, generate_codes, plausible_limit
+from llasa_jax.generate import Line, generate, generate_codes, plausible_limit
 from llasa_jax.model import Llama
 from llasa_jax.model_folder import CHECKPOINTS, HF_FOLDER, save_params, write_description
 from llasa_jax.prompts import Prompter, PromptSettings
@@ -277,7 +277,7 @@ def samples(path) -> int:
 def test_a_text_becomes_a_wav(folder, codec, tmp_path, capsys):
     out = tmp_path / "out.wav"
     out.write_bytes(b"an older file")
-    result = generate(folder, TEXTS[0], out, codec=codec, sampling=GREEDY, dtype="float32")
+    (result,) = generate(folder, [Line(TEXTS[0], out)], codec=codec, sampling=GREEDY, dtype="float32")
     codes = int((folder / "ends_after").read_text())
     assert result.stopped
     assert len(result.codes) == codes
@@ -301,7 +301,7 @@ def test_cloning_gives_the_new_speech_alone(folder, codec, recording, tmp_path, 
         "speaker": "kore",
         "step": 1,
     }
-    result = generate(folder, TEXTS[1], out, prompt_audio=recording, **request)
+    (result,) = generate(folder, [Line(TEXTS[1], out)], prompt_audio=recording, **request)
     graphdef, params, prompter, _ = generation.load(folder, "float32", step=1)
     voice = load_codec(codec)
     heard = voice.encode([np.asarray(generation.read_audio(recording))])[0]
@@ -323,7 +323,7 @@ def test_bfloat16_with_any_token_allowed(folder, codec, tokenizer, prompter, tmp
     monkeypatch.setattr(generation, "generate_codes", lambda *args: stops.extend(args[-1]) or generate_codes(*args))
     sampling = SamplingSettings(speech_only=False, temperature=3.0, top_k=0)
     out = tmp_path / "out.flac"
-    result = generate(folder, TEXTS[2], out, codec=codec, sampling=sampling, max_seconds=1)
+    (result,) = generate(folder, [Line(TEXTS[2], out)], codec=codec, sampling=sampling, max_seconds=1)
     assert stops == [prompter.vocab.speech_end, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
     assert len(result.codes) <= len(result.tokens) <= 50
     assert len(generation.read_audio(out)) == 320 * len(result.codes)
@@ -333,7 +333,7 @@ def test_no_speech_at_all_is_an_error_and_no_file(folder, codec, tmp_path, monke
     silent = generation.Generated(np.empty(0, np.uint16), np.array([1], np.int32), True)
     monkeypatch.setattr(generation, "generate_codes", lambda *args: [silent])
     with pytest.raises(UserError, match="ended before any speech"):
-        generate(folder, "dog", tmp_path / "out.wav", codec=codec, dtype="float32")
+        generate(folder, [Line("dog", tmp_path / "out.wav")], codec=codec, dtype="float32")
     assert not list(tmp_path.iterdir())
 
 
@@ -360,7 +360,7 @@ def test_bad_requests_are_refused_and_leave_no_file(folder, codec, tmp_path, cha
     request = {"model": folder, "text": "dog", "out": "out.wav", "codec": codec, "dtype": "float32"} | change
     request["out"] = tmp_path / request["out"]
     with pytest.raises(UserError, match=message):
-        generate(request.pop("model"), request.pop("text"), request.pop("out"), **request)
+        generate(request.pop("model"), [Line(request.pop("text"), request.pop("out"))], **request)
     assert not list(tmp_path.iterdir())
 
 
@@ -377,8 +377,8 @@ def test_a_codec_that_the_model_was_not_trained_with(folder, codec, tmp_path):
     (run / "model.json").unlink()
     write_description(run, config, {**source, "codec": {"codec": "their/codec", "fingerprint": "f00d"}})
     with pytest.raises(UserError, match="codes of their/codec"):
-        generate(run, "dog", tmp_path / "x.wav", codec=codec, dtype="float32", max_seconds=0.2)
+        generate(run, [Line("dog", tmp_path / "x.wav")], codec=codec, dtype="float32", max_seconds=0.2)
     assert not (tmp_path / "x.wav").exists()
     for known in ({"codec": "same", "fingerprint": load_codec(codec).fingerprint}, {"codec": "unknown", "fingerprint": "unknown"}):
         write_description(run, config, {**source, "codec": known})
-        generate(run, "dog", tmp_path / "x.wav", codec=codec, dtype="float32", max_seconds=0.2)
+        generate(run, [Line("dog", tmp_path / "x.wav")], codec=codec, dtype="float32", max_seconds=0.2)

@@ -94,7 +94,7 @@ for batch, _ in zip(make_batches(), range(3)):
     place = functools.partial(jax.make_array_from_process_local_data, functions.batch_sharding)
     batch = {name: place(np.ascontiguousarray(x[:, mine])) for name, x in batch.items()}
     assert batch["tokens"].shape[:2] == (ACCUMULATION, ROWS)
-    params, opt_state, metrics = functions.train(params, opt_state, batch)
+    params, opt_state, metrics = functions.train({}, params, opt_state, batch)
     numbers.append({name: float(value) for name, value in metrics.items()})
 print(json.dumps(numbers))
 """

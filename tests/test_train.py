@@ -152,7 +152,7 @@ def test_refusals(finished, model, clips, tmp_path):
     with pytest.raises(UserError, match="train.keep_best needs a validation loss"):
         train(settings_for(model, tmp_path / "run", train={"keep_best": 1}), clips)
     with pytest.raises(UserError, match="raise data.max_length, or choose another data.validation_split"):
-        train_module._validate(1, None, {}, [], None)
+        train_module._validate(1, None, {}, {}, [], None)
 
 
 def test_two_processes_do_not_share_a_run(finished, model, clips):

@@ -46,7 +46,7 @@ def train(hf, mesh, steps=STEPS, **model_settings):
     opt_state = functions.init(params)
     metrics = []
     for batch, _ in zip(make_batches(), range(steps), strict=False):
-        params, opt_state, numbers = functions.train(params, opt_state, jax.device_put(batch, functions.batch_sharding))
+        params, opt_state, numbers = functions.train({}, params, opt_state, jax.device_put(batch, functions.batch_sharding))
         metrics.append({name: float(value) for name, value in numbers.items()})
     return metrics, jax.device_get(params)
 
@@ -129,7 +129,7 @@ def test_adafactor_learns_alike_on_every_mesh():
         opt_state, batch = functions.init(params), jax.device_put(next(make_batches()), functions.batch_sharding)
         of_mesh = []
         for _ in range(6):
-            params, opt_state, metrics = functions.train(params, opt_state, batch)
+            params, opt_state, metrics = functions.train({}, params, opt_state, batch)
             of_mesh.append(float(metrics["loss"]))
         losses.append(of_mesh)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
@@ -144,7 +144,7 @@ def test_validation_averages_the_same_loss_and_counts_codes():
     functions = TrainStep(config_of(hf), settings, make_optimizer(OPTIMIZER, STEPS), mesh, codes)
     params = jax.device_put(params_of(hf), parameter_shardings(config_of(hf), mesh))
     batch = next(make_batches())
-    sums = functions.validate(params, jax.device_put(batch, functions.batch_sharding))
+    sums = functions.validate({}, params, jax.device_put(batch, functions.batch_sharding))
     with torch.no_grad():
         hits = {1: 0, 10: 0}
         for tokens, learns in zip(batch["tokens"].reshape(-1, LENGTH), np.roll(batch["loss_mask"], 1, -1).reshape(-1, LENGTH), strict=True):
@@ -156,7 +156,7 @@ def test_validation_averages_the_same_loss_and_counts_codes():
                     hits[top] += (best[:, :top] == target[:, None]).any(-1)[counted].sum()
     assert (sums["code_top1"], sums["code_top10"]) == (hits[1], hits[10])
     assert 0 < hits[1] < hits[10]
-    _, _, metrics = functions.train(params, functions.init(params), jax.device_put(batch, functions.batch_sharding))
+    _, _, metrics = functions.train({}, params, functions.init(params), jax.device_put(batch, functions.batch_sharding))
     np.testing.assert_allclose(sums["nats"] / sums["targets"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(sums["correct"] / sums["targets"], metrics["accuracy"], rtol=1e-6)
     learned_codes = batch["loss_mask"] & (batch["targets"] >= 200) & (batch["targets"] < 280)

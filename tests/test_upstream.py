@@ -98,7 +98,7 @@ def test_loss_is_that_of_hf_on_upstreams_items(tokenizer, clips, ours):
     def loss(batch):
         hidden = model(*(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")))
         nats, _ = chunked_cross_entropy(
-            hidden, model.output_table, batch["targets"], batch["loss_mask"], vocab_size=len(tokenizer), chunk=LENGTH // 2
+            *model.output_factors(hidden), batch["targets"], batch["loss_mask"], vocab_size=len(tokenizer), chunk=LENGTH // 2
         )
         return float(nats) / batch["loss_mask"].sum()
 
