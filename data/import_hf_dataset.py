@@ -11,10 +11,10 @@ import numpy as np
 
 from llasa_jax.codec import Codec
 from llasa_jax.data.builder import check_new
-from llasa_jax.data.encode import Summary, assign_splits, encode
+from llasa_jax.data.encode import Summary, encode
 from llasa_jax.data.import_codes import as_codes
 from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, write_import
-from llasa_jax.data.manifest import Clip
+from llasa_jax.data.manifest import Clip, assign_splits
 from llasa_jax.errors import UserError
 
 FIELDS = ("codes", "audio", "text", "id", "speaker", "description", "language")

@@ -23,16 +23,8 @@ def read_audio(path: str | os.PathLike) -> np.ndarray:
     with NaN or infinite samples, or silent (peak below `SILENCE_PEAK`).
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such audio file; correct the path, or take the clip out of the manifest.")
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path}: the file is empty (0 bytes); copy it again, or take the clip out of the manifest.")
-    try:
-        file = soundfile.SoundFile(path)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: `.raw`, which soundfile wants described
-        raise UserError(f"{path}: not audio that libsndfile can read ({_reason(error)}); convert it to WAV or FLAC.") from error
-    with file:
+    size = _size(path)
+    with _open(path) as file:
         rate, claimed = file.samplerate, file.frames
         missing = _missing_wav_bytes(path, size)
         if missing:
@@ -56,6 +48,25 @@ def read_audio(path: str | os.PathLike) -> np.ndarray:
     return wave
 
 
+def audio_samples(path: str | os.PathLike) -> int:
+    """How many samples `read_audio` will return, from the file's header alone; decoded only where the header does not know.
+
+    Raises `UserError` for a file that is missing, empty or not audio.
+    """
+    path = Path(path)
+    _size(path)
+    with _open(path) as file:
+        rate, claimed = file.samplerate, file.frames
+    if claimed >= _STREAMED_WAV:
+        return len(read_audio(path))
+    return resampled_length(claimed, rate)
+
+
+def resampled_length(samples: int, rate: int) -> int:
+    """How many samples at 16 kHz soxr makes of `samples` at `rate` Hz."""
+    return (2 * samples * SAMPLE_RATE + rate) // (2 * rate)
+
+
 def write_audio(path: str | os.PathLike, wave: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
     """Writes a mono float wave of shape (samples,) in [-1, 1], in the format of the path's suffix (`.wav`, `.flac`, ...).
 
@@ -72,6 +83,23 @@ def write_audio(path: str | os.PathLike, wave: np.ndarray, sample_rate: int = SA
         soundfile.write(path, np.clip(wave, -1, 1), sample_rate, subtype=subtype)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)}); name it .wav or .flac, in a folder you may write to.") from error
+
+
+def _size(path: Path) -> int:
+    """The file's bytes. UserError if there is no such file, or nothing in it."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such audio file; correct the path, or take the clip out of the manifest.")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path}: the file is empty (0 bytes); copy it again, or take the clip out of the manifest.")
+    return size
+
+
+def _open(path: Path) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: `.raw`, which soundfile wants described
+        raise UserError(f"{path}: not audio that libsndfile can read ({_reason(error)}); convert it to WAV or FLAC.") from error
 
 
 def _missing_wav_bytes(path: Path, size: int) -> int:
