@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from llasa_jax.audio import audio_samples, read_audio
+from llasa_jax.data.audio_tables import is_tfds_folder, open_hf_audio, open_tfds_audio
+from llasa_jax.data.import_hf_dataset import parse_columns
 from llasa_jax.data.manifest import assign_splits, file_key, read_manifest
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import Utterance
@@ -52,5 +55,12 @@ class ManifestAudio:
 
 
 def open_audio(path: str, online: OnlineSettings) -> AudioSource:
-    """The source that a `path` of the settings names: a manifest. UserError if it is none."""
-    return ManifestAudio(path, online.validation_share, online.split_seed)
+    """The source that a `path` of the settings names: a manifest, a dataset's folder or hub id, or `tfds:NAME`. UserError if it is none."""
+    columns = parse_columns(online.columns, "data.online.columns") if online.columns else {}
+    if "codes" in columns:
+        raise UserError(f"data.online.columns {online.columns} names codes, but online training makes them; name the column of audio.")
+    if path.startswith("tfds:") or is_tfds_folder(path):
+        return open_tfds_audio(path.removeprefix("tfds:"), columns, online.validation_share, online.split_seed)
+    if Path(path).suffix.lower() in (".jsonl", ".json", ".csv") or Path(path).is_file():
+        return ManifestAudio(path, online.validation_share, online.split_seed)
+    return open_hf_audio(path, columns, online.validation_share, online.split_seed)

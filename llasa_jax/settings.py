@@ -34,6 +34,7 @@ class ModelSettings:
 class OnlineSettings:
     """How audio becomes codes while training, where `data.mode` is online. `codec` and `device` are those of `encode`.
 
+    `columns`: audio=COLUMN,text=COLUMN and so on, of Hugging Face's and TFDS's datasets; empty, the usual names are looked for.
     `queue`: finished batches that may wait for the devices, and as many that are planned ahead of them. `workers`: processes that read
     audio, no more than `read_ahead` seconds of it before it is encoded. `cache`: a folder of codes, written as they are made and a
     dataset once all are there. More than `max_bad_share` bad clips stop training. A warning comes when training has waited `stall_seconds`
@@ -44,6 +45,7 @@ class OnlineSettings:
 
     codec: str = "HKUSTAudio/xcodec2-hf"
     device: str = "cpu"
+    columns: str = ""
     queue: int = 4
     workers: int = 4
     read_ahead: float = 600.0
@@ -76,7 +78,8 @@ class SourceSettings:
 class DataSettings:
     """`path`: a folder that `encode` made; or, for a mixture of several, `sources`. An epoch is one pass over the first of them.
 
-    With `mode` online, paths are of audio: manifests as `encode` takes them; a source may have its own mode.
+    With `mode` online, paths are of audio: a manifest as `encode` takes it, a Hugging Face dataset's folder or hub id (`NAME:CONFIG`), or
+    `tfds:NAME`; a source may have its own mode.
     Clips longer than a row of `max_length` tokens are dropped and counted, or cut. With `pack` a row holds as many clips as fit.
     `doctor`: what a bad finding of the quick look at the records before training does.
     """
