@@ -39,6 +39,9 @@ class Table(Protocol):
 
     def audio(self, index: int, column: str) -> Audio | None: ...
 
+    def samples(self, index: int, column: str, name: str) -> int | None:
+        """How many samples its wave will have; None where there is no audio. UserError, which calls it `name`, for what is no audio."""
+
 
 class TableAudio:
     """The rows of a dataset's splits, as an `AudioSource`.
@@ -81,29 +84,28 @@ class TableAudio:
 
     def utterance(self, index: int) -> Utterance:
         split, row = self._rows[index]
-        texts = self._tables[split].texts(row, self._fields)
-        if not texts["text"].strip():
-            raise UserError(f"{self._where(index)}: no text in {self._fields['text']!r}; give it one, or leave the row out.")
-        return Utterance(**texts, id=self._ids[index], codes=NO_CODES)
+        return Utterance(**self._tables[split].texts(row, self._fields), id=self._ids[index], codes=NO_CODES)
 
     def key(self, index: int) -> tuple[str, int, int]:
         split, row = self._rows[index]
         return f"{self.name}, {split} {row}", *self._stamps[split]
 
     def samples(self, index: int) -> int:
-        audio = self._read(index)
-        return resampled_length(len(audio[0]), audio[1]) if isinstance(audio, tuple) else audio_samples(audio, self._where(index))
+        """As `wave` has; UserError too for a row without text, which nothing can be learned from."""
+        split, row = self._rows[index]
+        if not self._tables[split].texts(row, self._fields)["text"].strip():
+            raise UserError(f"{self._where(index)}: no text in {self._fields['text']!r}; give it one, or leave the row out.")
+        return self._there(index, self._tables[split].samples(row, self._audio, self._where(index)))
 
     def wave(self, index: int) -> np.ndarray:
-        audio = self._read(index)
+        split, row = self._rows[index]
+        audio = self._there(index, self._tables[split].audio(row, self._audio))
         return as_codec_wave(*audio, self._where(index)) if isinstance(audio, tuple) else read_audio(audio, self._where(index))
 
-    def _read(self, index: int) -> Audio:
-        split, row = self._rows[index]
-        audio = self._tables[split].audio(row, self._audio)
-        if audio is None:
+    def _there(self, index: int, value):
+        if value is None:
             raise UserError(f"{self._where(index)}: no audio in {self._audio!r}; leave the row out.")
-        return audio
+        return value
 
     def _where(self, index: int) -> str:
         split, row = self._rows[index]
@@ -121,7 +123,7 @@ class HFTable:
     """A split of a `datasets.Dataset`, memory-mapped; its audio is decoded here and not by torchcodec."""
 
     def __init__(self, rows):
-        self._rows = rows
+        self._rows, self._views = rows, {}
         self.columns = rows.column_names
         self.audio_columns = [column for column, feature in rows.features.items() if type(feature).__name__ == "Audio"]
         self.files = [file["filename"] for file in rows.cache_files]
@@ -140,8 +142,15 @@ class HFTable:
             return np.asarray(audio["array"], np.float32), audio["sampling_rate"]
         return audio.get("bytes") or audio["path"]
 
+    def samples(self, index: int, column: str, name: str) -> int | None:
+        audio = self.audio(index, column)
+        return audio if audio is None else _samples(audio, name)
+
     def _columns(self, *names: str):
-        return self._rows.select_columns(list(dict.fromkeys(names)))  # reads nothing of the others
+        """The rows with these columns alone, so that nothing of the others is read."""
+        if names not in self._views:
+            self._views[names] = self._rows.select_columns(list(dict.fromkeys(names)))
+        return self._views[names]
 
 
 def open_tfds_audio(name: str, columns: dict[str, str], validation_share: float = 0.0, seed: int = 0) -> TableAudio:
@@ -163,7 +172,8 @@ class TFDSTable:
                 "file_format='array_record' (tfds build --file_format=array_record)."
             )
         self._source, self._names = builder.as_data_source(split), builder.info.features
-        self._rates = {column: rate for column, (rate, _) in _read_features(folder)[1].items()}
+        self._rates = _read_features(folder)[1]
+        self._heads: dict[int, dict] = {}
         self.columns, self.audio_columns = list(self._names), list(self._rates)
         self.files = [str(path) for path in builder.info.splits[split].filepaths]
 
@@ -174,8 +184,23 @@ class TFDSTable:
         return len(self._source)
 
     def texts(self, index: int, columns: dict[str, str]) -> dict[str, str]:
+        if index not in self._heads:
+            self._look(index)
+        return {field: self._text(column, self._heads[index][column]) for field, column in columns.items()}
+
+    def samples(self, index: int, column: str, name: str) -> int | None:
+        if index not in self._heads:
+            self._look(index)
+        if column not in self._heads[index]:
+            self._heads[index][column] = _samples(self.audio(index, column), name)
+        return self._heads[index][column]
+
+    def _look(self, index: int) -> None:
+        """Keeps all of a row but the audio, of which the length: TFDS decodes the whole row whatever is wanted, 5 ms for 10 seconds."""
         row = self._source[index]
-        return {field: self._text(column, row[column]) for field, column in columns.items()}
+        arrays = {column: rate for column, rate in self._rates.items() if rate and not isinstance(row[column], bytes)}
+        lengths = {column: resampled_length(len(row[column]), rate) for column, rate in arrays.items()}
+        self._heads[index] = {column: value for column, value in row.items() if column not in self._rates} | lengths
 
     def _text(self, column: str, value) -> str:
         if hasattr(self._names[column], "int2str"):
@@ -224,7 +249,7 @@ def _builder(name: str):
         ) from error
 
 
-def _read_features(folder: str | os.PathLike) -> tuple[dict, dict[str, tuple[int, bool]]]:
+def _read_features(folder: str | os.PathLike) -> tuple[dict, dict[str, int]]:
     """The features of features.json with audio as plain arrays or bytes, and each audio column's sample rate (0 if unknown)."""
     described = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
     audio = {}
@@ -232,10 +257,9 @@ def _read_features(folder: str | os.PathLike) -> tuple[dict, dict[str, tuple[int
         if not feature["pythonClassName"].endswith(".audio_feature.Audio"):
             continue
         content = feature.pop("audio")
-        lazy = content.get("lazyDecode", False)
-        audio[column] = int(content.get("sampleRate", 0)), lazy
+        audio[column] = int(content.get("sampleRate", 0))
         module = "tensorflow_datasets.core.features."
-        if lazy:
+        if content.get("lazyDecode"):
             feature |= {"pythonClassName": f"{module}text_feature.Text", "text": {}}
         else:
             tensor = {"shape": content["shape"], "dtype": content["dtype"], "encoding": content.get("encoding", "none").lower()}
@@ -253,6 +277,10 @@ def _usual_columns(name: str, tables: dict[str, Table]) -> dict[str, str]:
             "as audio=COLUMN,text=COLUMN."
         )
     return {"audio": table.audio_columns[0], **found}
+
+
+def _samples(audio: Audio, name: str) -> int:
+    return resampled_length(len(audio[0]), audio[1]) if isinstance(audio, tuple) else audio_samples(audio, name)
 
 
 def _stamp(files: Iterable[str]) -> tuple[int, int]:

@@ -158,14 +158,13 @@ def as_file(wave: np.ndarray, rate: int) -> bytes:
 def test_hf_audio(hf, tmp_path):
     sounds = [{"bytes": as_file(tone(i), 22050), "path": "x.wav"} for i in range(4)]
     sounds.append({"bytes": None, "path": str(write_wav(tmp_path / "five.wav", tone(4), 22050))})
-    sounds.append({"bytes": b"RIFF....", "path": "x.wav"})
-    sounds.append(None)
-    table = hf.Dataset.from_dict({"audio": sounds, "sentence": [*"abcdef", " "], "speaker_id": list(range(7))})
+    sounds += [{"bytes": b"RIFF....", "path": "x.wav"}, None, sounds[0]]
+    table = hf.Dataset.from_dict({"audio": sounds, "sentence": [*"abcdefg", " "], "speaker_id": list(range(8))})
     table = table.cast_column("audio", hf.Audio())
     hf.DatasetDict({"train": table, "dev": table.select(range(2))}).save_to_disk(tmp_path / "saved")
     source = pickle.loads(pickle.dumps(open_audio(str(tmp_path / "saved"), PLAIN)))
     assert source.columns == {"audio": "audio", "text": "sentence", "speaker": "speaker_id"}
-    assert (len(source), len(source.split("train")), len(source.split("validation"))) == (9, 7, 2)
+    assert (len(source), len(source.split("train")), len(source.split("validation"))) == (10, 8, 2)
     for index in range(5):
         utterance = source.utterance(index)
         assert (utterance.id, utterance.text, utterance.speaker) == (f"train_{index:08d}", "abcde"[index], str(index))
@@ -176,8 +175,8 @@ def test_hf_audio(hf, tmp_path):
             source.wave(bad)
         with pytest.raises(UserError, match=words):
             source.samples(bad)
-    with pytest.raises(UserError, match="train row 6: no text in 'sentence'"):
-        source.utterance(6)
+    with pytest.raises(UserError, match="train row 7: no text in 'sentence'"):
+        source.samples(7)
 
     def refused(words, columns, path="saved"):
         with pytest.raises(UserError, match=words):
@@ -189,5 +188,5 @@ def test_hf_audio(hf, tmp_path):
     refused("cannot be loaded", "", "nowhere")
     table.rename_column("sentence", "words").save_to_disk(tmp_path / "unusual")
     refused("cannot be told from audio, words, speaker_id; name them in data.online.columns", "", "unusual")
-    table.add_column("key", list("aabcdef")).save_to_disk(tmp_path / "shared")
+    table.add_column("key", list("aabcdefg")).save_to_disk(tmp_path / "shared")
     refused("rows share an id in the column 'key'", "audio=audio,text=sentence,id=key", "shared")
