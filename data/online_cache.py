@@ -57,6 +57,8 @@ class CodesCache:
         return None
 
     def put(self, clips: Sequence[tuple[int, np.ndarray]]) -> None:
+        if self._own is None:
+            return  # closed, while the codec was at its last clips
         rows = [
             (self._audio.utterance(i).id, *self._audio.key(i), self._codec.fingerprint, codes.astype("<u2").tobytes()) for i, codes in clips
         ]

@@ -146,7 +146,7 @@ class Encoder:
     """
 
     def __init__(self, codec: Codec, clips: Sequence[PlannedClips], settings: OnlineSettings, caches: Sequence[Cache | None]):
-        self.codec, self.settings, self.skipped = codec, settings, clips[0].skipped
+        self.codec, self.splits, self.settings, self.skipped = codec, clips, settings, clips[0].skipped
         self._caches = caches
         self._sources = list({one.number: one.audio for one in sorted(clips, key=lambda one: one.number)}.values())
         self._used = [np.zeros(len(source), bool) for source in self._sources]
@@ -232,7 +232,8 @@ class Encoder:
         ]
 
     def finish(self) -> None:
-        """Turns caches that are whole into datasets."""
+        """Encodes no more, and turns caches that are whole into datasets."""
+        self.closed.set()
         for number, cache in enumerate(self._caches):
             if cache:
                 cache.finish(self.skipped.of(number))

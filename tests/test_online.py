@@ -22,7 +22,7 @@ from llasa_jax.data.audio_sources import ManifestAudio
 from llasa_jax.data.builder import open_dataset
 from llasa_jax.data.encode import encode
 from llasa_jax.data.online_cache import open_encoder
-from llasa_jax.data.records import open_sources, open_utterances
+from llasa_jax.data.records import codec_of, open_sources, open_utterances
 from llasa_jax.encoder import Encoder, PlannedClips, Skipped
 from llasa_jax.errors import UserError
 from llasa_jax.online import OnlineBatches
@@ -209,13 +209,14 @@ def codec_folder(tmp_path_factory):
     return make_tiny_codec(tmp_path_factory.mktemp("codecs") / "tiny")
 
 
-def run_online(model, out, manifest, codec, cache="", **changes):
+def opened(model, out, manifest, codec, cache, **changes):
+    """An encoder for a run with a validation split, and what begins the run."""
     online = OnlineSettings(workers=1, torch_threads=1, validation_share=0.2, queue=2, cache=str(cache))
     data = {"path": str(manifest), "mode": "online", "max_length": 512, "validation_split": "validation", "online": online}
     settings = settings_for(model, out, data=data, **changes)
     records, validation = open_sources(settings.sources, online)
     encoder = open_encoder(settings, records, validation, codec)
-    return lambda: train(settings, records, validation, {"codec": codec.name, "fingerprint": codec.fingerprint}, encoder)
+    return encoder, lambda: train(settings, records, validation, codec_of(settings.sources, codec), encoder)
 
 
 def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_path, monkeypatch, capsys):
@@ -235,10 +236,10 @@ def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_
 
     monkeypatch.setattr(train_module, "_place", place)
     with pytest.raises(SystemExit) as stop:
-        run_online(model, tmp_path / "online", manifest, codec, tmp_path / "cache")()
+        opened(model, tmp_path / "online", manifest, codec, tmp_path / "cache")[1]()
     assert stop.value.code == 128 + signal.SIGTERM
     assert "after step 4, which is saved" in capsys.readouterr().out
-    run_online(model, tmp_path / "online", manifest, codec, tmp_path / "cache")()
+    opened(model, tmp_path / "online", manifest, codec, tmp_path / "cache")[1]()
     found, wanted = lines_of(tmp_path / "online"), lines_of(tmp_path / "offline")
     for name in ("loss", "grad_norm", "validation_loss"):
         assert {x["step"]: x[name] for x in found if name in x} == {x["step"]: x[name] for x in wanted if name in x}
@@ -253,9 +254,13 @@ def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_
     class Unneeded:
         name, fingerprint, hop, sample_rate = codec.name, codec.fingerprint, 320, 16_000
 
-    run_online(model, tmp_path / "again", manifest, Unneeded(), tmp_path / "cache", train={"steps": 1})()
+    with opened(model, tmp_path / "again", manifest, Unneeded(), tmp_path / "cache")[0] as encoder:
+        (clips, _), prompter = encoder.splits, Prompter(make_tiny_tokenizer())
+        source = Source(open_utterances(tmp_path / "codes", "train"), prompter)
+        wanted = iter(batches([source], SHAPE, **OPTIONS))
+        same([batch for batch, _ in online(encoder, clips, prompter, 9)], [next(wanted) for _ in range(9)])
     with pytest.raises(UserError, match="another codec than counting"):
-        run_online(model, tmp_path / "other", manifest, CountingCodec(), tmp_path / "cache")
+        opened(model, tmp_path / "other", manifest, CountingCodec(), tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache.partial")
     with pytest.raises(UserError, match="train on it with data.mode=offline"):
-        run_online(model, tmp_path / "other", manifest, codec, tmp_path / "cache")
+        opened(model, tmp_path / "other", manifest, codec, tmp_path / "cache")
