@@ -23,6 +23,8 @@ from llasa_jax.data.builder import check_new, write_dataset
 from llasa_jax.data.manifest import Clip, assign_splits, file_key, read_manifest
 from llasa_jax.errors import UserError
 
+JOURNAL = "journal.sqlite"
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -68,7 +70,7 @@ def encode(
 
     partial = out.with_name(f"{out.name}.partial")
     bad_path = out.with_name(f"{out.name}.bad.jsonl")
-    with contextlib.closing(_open_journal(partial)) as journal:
+    with contextlib.closing(open_journal(partial)) as journal:
         # Codes in the journal count only for the same audio file, unchanged, and the same codec.
         files = {utterance.id: (*file_key(utterance.audio), codec.fingerprint) for utterance in utterances}
         ready = {row[0] for row in journal.execute("SELECT id, audio, size, mtime, codec FROM codes") if files.get(row[0]) == row[1:]}
@@ -151,10 +153,11 @@ def _windows(utterances: list[Clip], workers: int, seconds: float) -> Iterator[t
         pool.shutdown(cancel_futures=True)
 
 
-def _open_journal(partial: Path) -> sqlite3.Connection:
+def open_journal(partial: Path, name: str = JOURNAL) -> sqlite3.Connection:
+    """Opens, or makes, the journal in a folder, for this process alone. UserError where another has it open, or it is none."""
     partial.mkdir(parents=True, exist_ok=True)
-    path = partial / "journal.sqlite"
-    journal = sqlite3.connect(path, timeout=0)
+    path = partial / name
+    journal = sqlite3.connect(path, timeout=0, check_same_thread=False)
     try:
         journal.execute("PRAGMA locking_mode=EXCLUSIVE")
         journal.execute("PRAGMA journal_mode=WAL")

@@ -20,13 +20,15 @@ Key = tuple[int, int]  # a source and the clip's index in it
 class AudioSource(Protocol):
     """Clips of audio with their texts, with random access. Picklable, and quick to import: it is sent to every reading process."""
 
+    name: str  # where it lies, for messages; its last part names its cache where there are several
+
     def __len__(self) -> int: ...
 
     def split(self, name: str) -> Sequence[int]:
         """The indices of a split's clips, in the order of a dataset made from them (`builder.record_order`). UserError without it."""
 
     def utterance(self, index: int) -> Utterance:
-        """Everything but the codes, which are empty."""
+        """Everything but the codes, which are empty. Ids are unique in the source."""
 
     def key(self, index: int) -> tuple[str, int, int]:
         """Where the audio lies, its size and its time of change: codes in a cache are good for the same key only."""
@@ -60,7 +62,7 @@ class Readers:
         self._hand_out()
 
     def receive(self, timeout: float) -> list[tuple[Key, np.ndarray | None, str]]:
-        """Clips that are read, in any order: (key, wave, "") or (key, None, why it cannot be used). Waits no longer than `timeout` seconds."""
+        """Clips that are read, in any order: (key, wave, "") or (key, None, why it cannot be used). Waits `timeout` seconds at most."""
         results = []
         for pipe in wait(list(self._busy), timeout) if self._busy else ():
             key, _, process = self._busy.pop(pipe)
