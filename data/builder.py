@@ -9,11 +9,12 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.shuffle import DuplicatedKeysError
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
@@ -113,6 +114,12 @@ def write_dataset(out: str | os.PathLike, splits: dict[str, Iterable[dict]], met
         os.rename(builder.data_path, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def record_order(ids: Sequence[str], split: str) -> list[int]:
+    """In which order `write_dataset` puts records with these ids into a split: indices, by TFDS's hash of the split and the id."""
+    hasher = hashing.Hasher(split)
+    return sorted(range(len(ids)), key=lambda i: hasher.hash_key(ids[i]))
 
 
 def checked_text(text: str) -> str:

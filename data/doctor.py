@@ -16,7 +16,7 @@ from llasa_jax import model_folder
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.data.builder import read_metadata
 from llasa_jax.data.importing import UNKNOWN_CODEC
-from llasa_jax.data.records import codec_of, open_utterances
+from llasa_jax.data.records import codec_of, open_sources, open_utterances
 from llasa_jax.data.scan import Scan, repeated_codes, scan, suspicious_pace
 from llasa_jax.errors import UserError
 from llasa_jax.model_folder import load_tokenizer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUICK, THOROUGH = 2_000, 200_000  # records of each split that are looked at: about a second's, and minutes' worth
+HEADERS = 500  # of audio, a second's worth on a local disk
 MANY = 0.01  # a share of records from which on a fault is not an odd clip but a broken dataset
 
 
@@ -65,9 +66,32 @@ def doctor(settings: Settings, codec: str | Codec | None = None, device: str = "
         except UserError as error:
             findings.append(Finding("bad", "codec", str(error)))
     for source in settings.sources:
-        if source.prompt.task != "chat":
+        if source.mode == "online":
+            findings += _examine_audio(source, settings.data, tokenizer)
+        elif source.prompt.task != "chat":
             findings += _examine_source(source, settings.data, tokenizer, codec, device, sample)
     return findings
+
+
+def _examine_audio(source: SourceSettings, data: DataSettings, tokenizer) -> list[Finding]:
+    """A source that is encoded while training, whose codes nobody has seen: its texts, and the headers of some of its audio."""
+    try:
+        prompter = Prompter(tokenizer, source.prompt) if tokenizer else None
+        (clips,), _ = open_sources([source], data.online)
+        looked = [clips[int(i)] for i in np.linspace(0, len(clips) - 1, min(len(clips), HEADERS))]
+        readable = [clip for clip in looked if clip is not None]
+        for clip in readable if prompter else ():
+            prompter.example(clip)
+    except UserError as error:
+        return [Finding("bad", "audio", str(error))]
+    unreadable = 1 - len(readable) / len(looked)
+    message = (
+        f"{source.path} is encoded while training: its codes cannot be examined before, {len(looked):,} of {len(clips):,} headers were"
+    )
+    fix = "mend the clips that the warnings name, or take them out"
+    if unreadable > data.online.max_bad_share:
+        return [Finding("bad", "audio", f"{message}, and {unreadable:.0%} of them cannot be read", fix)]
+    return [Finding("warn" if unreadable else "ok", "audio", message, fix if unreadable else "")]
 
 
 def _examine_source(source: SourceSettings, data: DataSettings, tokenizer, codec, device: str, sample: int) -> list[Finding]:

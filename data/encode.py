@@ -5,7 +5,6 @@ Codes go into a journal, `<out>.partial/journal.sqlite`, as they are made; the d
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -21,8 +20,10 @@ from tqdm import tqdm
 from llasa_jax.audio import SAMPLE_RATE, read_audio
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.data.builder import check_new, write_dataset
-from llasa_jax.data.manifest import Clip, read_manifest
+from llasa_jax.data.manifest import Clip, assign_splits, file_key, read_manifest
 from llasa_jax.errors import UserError
+
+JOURNAL = "journal.sqlite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,9 @@ def encode(
 
     partial = out.with_name(f"{out.name}.partial")
     bad_path = out.with_name(f"{out.name}.bad.jsonl")
-    with contextlib.closing(_open_journal(partial)) as journal:
-        files = {utterance.id: _file_key(utterance, codec) for utterance in utterances}
+    with contextlib.closing(open_journal(partial)) as journal:
+        # Codes in the journal count only for the same audio file, unchanged, and the same codec.
+        files = {utterance.id: (*file_key(utterance.audio), codec.fingerprint) for utterance in utterances}
         ready = {row[0] for row in journal.execute("SELECT id, audio, size, mtime, codec FROM codes") if files.get(row[0]) == row[1:]}
         # Neighbours in file size are near in length: the codec batches equal lengths, and the longest come last.
         todo = sorted((u for u in utterances if u.id not in ready), key=lambda u: (files[u.id][1], u.id))
@@ -118,19 +120,6 @@ def encode(
     return summary
 
 
-def assign_splits(utterances: list[Clip], validation_share: float, seed: int) -> dict[str, str]:
-    """Each id's split: its own, or by a hash of seed and id, whatever the order. A share above 0 gets at least one clip."""
-    hashes = {
-        utterance.id: int.from_bytes(hashlib.sha256(f"{seed}:{utterance.id}".encode()).digest()[:8], "big") / 2**64
-        for utterance in utterances
-        if not utterance.split
-    }
-    held_out = {clip for clip, value in hashes.items() if value < validation_share}
-    if validation_share and not held_out and len(hashes) > 1:
-        held_out = {min(hashes, key=hashes.get)}
-    return {u.id: u.split or ("validation" if u.id in held_out else "train") for u in utterances}
-
-
 def _windows(utterances: list[Clip], workers: int, seconds: float) -> Iterator[tuple[list, list]]:
     """Reads audio in threads, a bounded way ahead: ([(utterance, wave)], [(utterance, reason)]) of at least `seconds` of audio."""
 
@@ -164,10 +153,11 @@ def _windows(utterances: list[Clip], workers: int, seconds: float) -> Iterator[t
         pool.shutdown(cancel_futures=True)
 
 
-def _open_journal(partial: Path) -> sqlite3.Connection:
+def open_journal(partial: Path, name: str = JOURNAL) -> sqlite3.Connection:
+    """Opens, or makes, the journal in a folder, for this process alone. UserError where another has it open, or it is none."""
     partial.mkdir(parents=True, exist_ok=True)
-    path = partial / "journal.sqlite"
-    journal = sqlite3.connect(path, timeout=0)
+    path = partial / name
+    journal = sqlite3.connect(path, timeout=0, check_same_thread=False)
     try:
         journal.execute("PRAGMA locking_mode=EXCLUSIVE")
         journal.execute("PRAGMA journal_mode=WAL")
@@ -181,16 +171,6 @@ def _open_journal(partial: Path) -> sqlite3.Connection:
         journal.close()
         raise UserError(f"{path}: not a journal of codes ({error}); delete {partial} to begin again.") from error
     return journal
-
-
-def _file_key(utterance: Clip, codec: Codec) -> tuple[str, int, int, str]:
-    """Codes in the journal count only for the same audio file, unchanged, and the same codec."""
-    path = os.path.abspath(utterance.audio)
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return path, -1, -1, codec.fingerprint
-    return path, stat.st_size, stat.st_mtime_ns, codec.fingerprint
 
 
 def _examples(journal: sqlite3.Connection, utterances: list[Clip]) -> Iterator[dict]:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llasa_jax.data.encode import assign_splits
 from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_import
-from llasa_jax.data.manifest import Clip, read_transcripts
+from llasa_jax.data.manifest import Clip, assign_splits, read_transcripts
 from llasa_jax.errors import UserError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")

@@ -11,24 +11,24 @@ import numpy as np
 
 from llasa_jax.codec import Codec
 from llasa_jax.data.builder import check_new
-from llasa_jax.data.encode import Summary, assign_splits, encode
+from llasa_jax.data.encode import Summary, encode
 from llasa_jax.data.import_codes import as_codes
 from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, write_import
-from llasa_jax.data.manifest import Clip
+from llasa_jax.data.manifest import Clip, assign_splits
 from llasa_jax.errors import UserError
 
 FIELDS = ("codes", "audio", "text", "id", "speaker", "description", "language")
 SPLIT_NAMES = {"val": "validation", "dev": "validation", "valid": "validation"}
 
 
-def parse_columns(columns: str) -> dict[str, str]:
+def parse_columns(columns: str, setting: str = "--columns") -> dict[str, str]:
     """`codes=audio_codes,text=sentence` as {"codes": "audio_codes", "text": "sentence"}. UserError for what is no such map."""
     pairs = [pair.partition("=") for pair in columns.split(",")]
     mapping = {name.strip(): column.strip() for name, _, column in pairs}
     if len(mapping) < len(pairs) or not set(mapping) <= set(FIELDS) or not all(mapping.values()):
-        raise UserError(f"--columns {columns} is no map; write codes=COLUMN,text=COLUMN and, where there are any, {', '.join(FIELDS[3:])}.")
+        raise UserError(f"{setting} {columns} is no map; write codes=COLUMN,text=COLUMN and, where there are any, {', '.join(FIELDS[3:])}.")
     if "text" not in mapping or ("codes" in mapping) == ("audio" in mapping):
-        raise UserError(f"--columns {columns} must name a column for text and one for either codes or audio.")
+        raise UserError(f"{setting} {columns} must name a column for text and one for either codes or audio.")
     return mapping
 
 
@@ -54,7 +54,7 @@ def import_hf_dataset(
     """
     out = Path(os.path.abspath(out))
     check_new(out)
-    splits = _load(source, config)
+    splits = load_splits(source, config)
     for name, column in columns.items():
         for split, rows in splits.items():
             if column not in rows.column_names:
@@ -65,7 +65,7 @@ def import_hf_dataset(
     for split, rows in splits.items():
         parts[split] = np.arange(len(rows))
         if split == "train" and validation_share and "validation" not in splits:
-            ids = [_id(split, i, value) for i, value in enumerate(rows[columns["id"]] if "id" in columns else [None] * len(rows))]
+            ids = [row_id(split, i, value) for i, value in enumerate(rows[columns["id"]] if "id" in columns else [None] * len(rows))]
             assigned = assign_splits([Clip(Path(), "", row_id) for row_id in ids], validation_share, seed)
             held_out = np.array([assigned[row_id] == "validation" for row_id in ids])
             parts |= {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
@@ -76,8 +76,8 @@ def import_hf_dataset(
     return write_import(source, out, streams, codec_name, max_bad_share)
 
 
-def _load(source: str | os.PathLike, config: str | None) -> dict:
-    """Each split of `source`, memory-mapped, with audio as its bytes."""
+def load_splits(source: str | os.PathLike, config: str | None) -> dict:
+    """Each split of `source` (see `import_hf_dataset`), memory-mapped, with audio as its bytes. UserError where it cannot be loaded."""
     try:
         import datasets
     except ImportError:
@@ -100,15 +100,19 @@ def _load(source: str | os.PathLike, config: str | None) -> dict:
     return splits
 
 
-def _id(split: str, index: int, value) -> str:
+def row_id(split: str, index: int, value: str | None = None) -> str:
+    """What a row is called: what its own column says, or its split and number."""
     return f"{split}_{index:08d}" if value in (None, "") else str(value)
 
 
+def row_texts(row: dict, columns: dict[str, str]) -> dict[str, str]:
+    """A row's values under our field names, as texts."""
+    return {name: "" if row[column] is None else str(row[column]) for name, column in columns.items()}
+
+
 def _fields(split: str, index: int, row: dict, columns: dict[str, str]) -> dict[str, str]:
-    texts = {
-        name: str(row[column]) if row[column] is not None else "" for name, column in columns.items() if name not in ("codes", "audio")
-    }
-    return texts | {"id": _id(split, index, texts.get("id"))}
+    texts = row_texts(row, {name: column for name, column in columns.items() if name not in ("codes", "audio")})
+    return texts | {"id": row_id(split, index, texts.get("id"))}
 
 
 def _rows(split: str, rows, indices: np.ndarray, columns: dict[str, str], code_offset: int) -> Iterator[dict]:

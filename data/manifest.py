@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -55,6 +56,29 @@ def read_transcripts(path: str | os.PathLike) -> list[Clip]:
         return {"audio": row.get("id", ""), **row}
 
     return _read(path, parse_json if path.suffix.lower() in (".jsonl", ".json") else _parse_ljspeech)
+
+
+def assign_splits(utterances: list[Clip], validation_share: float, seed: int) -> dict[str, str]:
+    """Each id's split: its own, or by a hash of seed and id, whatever the order. A share above 0 gets at least one clip."""
+    hashes = {
+        utterance.id: int.from_bytes(hashlib.sha256(f"{seed}:{utterance.id}".encode()).digest()[:8], "big") / 2**64
+        for utterance in utterances
+        if not utterance.split
+    }
+    held_out = {clip for clip, value in hashes.items() if value < validation_share}
+    if validation_share and not held_out and len(hashes) > 1:
+        held_out = {min(hashes, key=hashes.get)}
+    return {u.id: u.split or ("validation" if u.id in held_out else "train") for u in utterances}
+
+
+def file_key(path: str | os.PathLike) -> tuple[str, int, int]:
+    """An audio file's absolute path, size and time of change; -1 where it is not there."""
+    path = os.path.abspath(path)
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return path, -1, -1
+    return path, stat.st_size, stat.st_mtime_ns
 
 
 def _read(path: Path, parse: Callable[[str, str], dict]) -> list[Clip]:

@@ -8,11 +8,15 @@ Several sources are drawn by weight, record by record. The order of all draws is
 hosts takes one, so the data is the same on any number of hosts. An epoch is one pass over the first source; the others are drawn beside it
 however often their weights say; each source is shuffled anew whenever it has been drawn once. The pipeline is Grain's, so its place in
 the data is a small state that goes into every checkpoint.
+
+Which clips share a row follows from their lengths alone. So `plan` needs no codes, and `fill` puts them in: at once where they are
+records, and as the codec makes them in online training (`llasa_jax/online.py`), which so sees the very same rows.
 """
 
 import bisect
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
@@ -27,6 +31,7 @@ from llasa_jax.prompts import Conversation, Example, Prompter, Utterance
 WINDOW = 1024
 SAMPLE = 20_000
 FEW = 64
+MEASURING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -166,20 +171,30 @@ def _tagged(index: int, dataset: grain.MapDataset) -> grain.MapDataset:
     return dataset.map(lambda record: (index, record))
 
 
-class ToExample(grain.transforms.Map):
-    """A drawn record to an `Example`, or None where it is longer than `length` and is to be dropped."""
+class ToExample:
+    """A drawn record to an `Example`, or None where it is longer than `length` and is to be dropped, or there is no record."""
 
     def __init__(self, sources: Sequence[Source], length: int, too_long: Literal["drop", "cut"]):
         self._sources, self._length, self._too_long = sources, length, too_long
 
-    def map(self, draw: tuple[int, Utterance | Conversation]) -> Example | None:
-        source, record = draw
+    def __call__(self, source: int, record: Utterance | Conversation | None) -> Example | None:
+        if record is None:
+            return None
         example = self._sources[source].prompter.example(record)
         if len(example.tokens) <= self._length:
             return example
         if self._too_long == "drop":
             return None
         return Example(*(getattr(example, name)[: self._length] for name in ("tokens", "loss", "visible")))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A drawn record and its example, which has the length that it will have in its row, but in online training not yet its codes."""
+
+    source: int
+    record: Utterance | Conversation
+    example: Example | None
 
 
 def measure(
@@ -195,7 +210,17 @@ def measure(
     draws = draws_per_epoch(sources)
     count = min(draws, sample)
     order = drawn(sources, seed)
-    source, tokens = np.array([(i, len(sources[i].prompter.example(record).tokens)) for i, record in (order[k] for k in range(count))]).T
+
+    def look(draw: int) -> tuple[int, int]:
+        source, record = order[draw]
+        return source, 0 if record is None else len(sources[source].prompter.example(record).tokens)
+
+    # In threads, since the length of a clip of audio is read from its file.
+    with ThreadPoolExecutor(MEASURING_THREADS) as pool:
+        source, tokens = np.array(list(pool.map(look, range(count)))).T
+    source, tokens = source[tokens > 0], tokens[tokens > 0]
+    if not len(tokens):
+        raise UserError("none of the clips can be read; look at data.path and its audio")
     fits = tokens <= length
     if not fits.any() and too_long == "drop":
         raise UserError(f"none of the clips fits rows of {length} tokens (the shortest has {tokens.min()}); raise data.max_length")
@@ -208,7 +233,13 @@ def measure(
     return Fit(length, *counts, tuple(shares.tolist()), count == draws)
 
 
-def batches(
+def batches(sources: Sequence[Source], shape: BatchShape, **options) -> grain.IterDataset:
+    """This host's part of every batch of records with codes: `plan` and `fill` in one, with the options of `plan`."""
+    _, hosts = options.get("process", (0, 1))
+    return plan(sources, shape, **options).map(lambda rows: fill(rows, shape, hosts))
+
+
+def plan(
     sources: Sequence[Source],
     shape: BatchShape,
     *,
@@ -219,12 +250,10 @@ def batches(
     process: tuple[int, int] = (0, 1),
     window: int = WINDOW,
 ) -> grain.IterDataset:
-    """This host's part of every batch: a dataset of dicts of arrays [accumulation, rows of this host, length].
+    """This host's rows of every batch, no more than accumulation x rows / hosts of them: each is a list of the `Planned` that share it.
 
-    `tokens` and `targets` int32 (targets are the next tokens), `loss_mask` bool (targets that count), `segment_ids` int32 (0 is
-    padding) and `positions` int32. With `repeat` it never ends and mixes and shuffles; without, it runs once over every source in
-    order, and its last batch is filled with empty rows. `process` is (index, count) of this host; `window` is how many clips are packed
-    together.
+    With `repeat` it never ends and mixes and shuffles; without, it runs once over every source in order. `process` is (index, count) of
+    this host; `window` is how many clips are packed together.
     """
     index, count = process
     if shape.rows % count:
@@ -236,14 +265,26 @@ def batches(
     else:
         tagged = [_tagged(i, grain.MapDataset.source(source.records)) for i, source in enumerate(sources)]
         dataset = grain.MapDataset.concatenate(tagged)[index::count]
-    dataset = dataset.map(ToExample(sources, shape.length, too_long)).filter(lambda example: example is not None)
+    to_example = ToExample(sources, shape.length, too_long)
+    dataset = dataset.map(lambda draw: Planned(*draw, to_example(*draw))).filter(lambda planned: planned.example is not None)
     clips = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
     # No window is longer than an epoch: a run of two epochs over few clips then sees each of them twice.
     window = min(window, ceil(draws_per_epoch(sources) / count)) if pack else 1
     windows = clips.batch(window, drop_remainder=False, batch_fn=list)
-    rows_here = shape.rows // count
     rows = grain.experimental.FlatMapIterDataset(windows, _ToRows(shape.length))
-    return rows.batch(shape.accumulation * rows_here, drop_remainder=False, batch_fn=_Stack(shape.accumulation, rows_here))
+    return rows.batch(shape.accumulation * shape.rows // count, drop_remainder=False, batch_fn=list)
+
+
+def fill(rows: Sequence[Sequence["Planned"]], shape: BatchShape, hosts: int = 1) -> dict[str, np.ndarray]:
+    """The rows as arrays [accumulation, rows of this host, length], with empty rows at the end where the data ran out.
+
+    `tokens` and `targets` int32 (targets are the next tokens), `loss_mask` bool (targets that count), `segment_ids` int32 (0 is
+    padding) and `positions` int32. Clips without an example, which turned out bad, leave padding at the end of their row.
+    """
+    here = shape.rows // hosts
+    filled = [_row([planned.example for planned in row if planned.example is not None], shape.length) for row in rows]
+    filled += [_row([], shape.length)] * (shape.accumulation * here - len(rows))
+    return {name: np.stack([row[name] for row in filled]).reshape(shape.accumulation, here, -1) for name in filled[0]}
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -264,37 +305,28 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class _ToRows(grain.experimental.FlatMapTransform):
-    """A window of examples to packed rows of `length`."""
+    """A window of clips to rows of no more than `length` tokens."""
 
     def __init__(self, length: int):
         self._length = length
 
-    def flat_map(self, window: Sequence[Example]) -> list[dict]:
-        return [self._row([window[i] for i in row]) for row in pack_rows([len(example.tokens) for example in window], self._length)]
+    def flat_map(self, window: Sequence[Planned]) -> list[list[Planned]]:
+        rows = pack_rows([len(planned.example.tokens) for planned in window], self._length)
+        return [[window[i] for i in row] for row in rows]
 
-    def _row(self, examples: Sequence[Example]) -> dict:
-        lengths = [len(example.tokens) for example in examples]
-        names = {"tokens": np.int32, "targets": np.int32, "loss_mask": bool, "segment_ids": np.int32, "positions": np.int32}
-        row = {name: np.zeros(self._length, dtype) for name, dtype in names.items()}
-        used = sum(lengths)
-        row["tokens"][:used] = np.concatenate([example.tokens for example in examples])
-        row["targets"][:-1] = row["tokens"][1:]
-        # A conversation opens with tokens that carry no loss, so a clip's last token never learns the next clip's first.
-        row["loss_mask"][: used - 1] = np.concatenate([example.loss for example in examples])[1:]
-        # What nothing may attend to is put into the padding's segment; its position runs on.
-        row["segment_ids"][:used] = np.repeat(np.arange(1, len(examples) + 1), lengths) * np.concatenate([e.visible for e in examples])
-        row["positions"][:used] = np.concatenate([np.arange(length) for length in lengths])
+
+def _row(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+    names = {"tokens": np.int32, "targets": np.int32, "loss_mask": bool, "segment_ids": np.int32, "positions": np.int32}
+    row = {name: np.zeros(length, dtype) for name, dtype in names.items()}
+    if not examples:
         return row
-
-
-class _Stack:
-    """Rows to [accumulation, rows, length], with empty rows where the data ran out."""
-
-    def __init__(self, accumulation: int, rows: int):
-        self._shape = (accumulation, rows)
-
-    def __call__(self, rows: Sequence[dict]) -> dict:
-        missing = int(np.prod(self._shape)) - len(rows)
-        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        padded = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in stacked.items()}
-        return {name: array.reshape(*self._shape, -1) for name, array in padded.items()}
+    lengths = [len(example.tokens) for example in examples]
+    used = sum(lengths)
+    row["tokens"][:used] = np.concatenate([example.tokens for example in examples])
+    row["targets"][:-1] = row["tokens"][1:]
+    # A conversation opens with tokens that carry no loss, so a clip's last token never learns the next clip's first.
+    row["loss_mask"][: used - 1] = np.concatenate([example.loss for example in examples])[1:]
+    # What nothing may attend to is put into the padding's segment; its position runs on.
+    row["segment_ids"][:used] = np.repeat(np.arange(1, len(examples) + 1), lengths) * np.concatenate([e.visible for e in examples])
+    row["positions"][:used] = np.concatenate([np.arange(length) for length in lengths])
+    return row

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llasa_jax import __version__
 from llasa_jax.errors import UserError
+from llasa_jax.leave import leave
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
 PREVIEW_HELP = "Show what the model will see: each record's tokens, with those that carry loss in colour."
@@ -119,22 +120,27 @@ def _tokenizer(name: str):
 def _train(args) -> None:
     from llasa_jax.convert.peft_adapter import begin_with
     from llasa_jax.data.doctor import examine_before_training
+    from llasa_jax.data.online_cache import open_encoder
     from llasa_jax.data.records import codec_of, open_sources
+    from llasa_jax.encoder import share_gpu
     from llasa_jax.memory import out_of_memory_explained
     from llasa_jax.settings import parse_settings
     from llasa_jax.train import train
 
     settings = parse_settings(args.settings)
+    if any(source.mode == "online" for source in settings.sources):
+        share_gpu(settings.data.online)
     if settings.mesh.hosts:
         import jax
 
         jax.distributed.initialize()
-    records, validation = open_sources(settings.sources)
-    codec = codec_of(settings.sources)
+    records, validation = open_sources(settings.sources, settings.data.online)
+    encoder = open_encoder(settings, records, validation)
+    codec = codec_of(settings.sources, encoder and encoder.codec)
     examine_before_training(settings)
     settings, adapter = begin_with(settings)
     with out_of_memory_explained(settings):
-        train(settings, records, validation, codec, adapter)
+        train(settings, records, validation, codec, adapter, encoder)
 
 
 def _plan(args) -> None:
@@ -187,7 +193,7 @@ def _preview(args) -> None:
     if options.count < 1:
         raise UserError(f"--count is {options.count}; give a positive number")
     settings = parse_settings([f"--config={options.config}", *overrides])
-    records, _ = open_sources(settings.sources)
+    records, _ = open_sources(settings.sources, settings.data.online)
     preview(settings, records, options.count, as_json=options.json)
 
 
@@ -390,13 +396,16 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return args.run(args) or 0
+        return leave(args.run(args) or 0)
     except UserError as error:
         print(f"llasa-jax: error: {error}", file=sys.stderr)
-        return 2
+        return leave(2)
     except KeyboardInterrupt:
         print("llasa-jax: interrupted; the same command goes on where work was saved", file=sys.stderr)
-        return 130
+        return leave(130)
+    except SystemExit as stop:
+        leave(stop.code)
+        raise
 
 
 if __name__ == "__main__":

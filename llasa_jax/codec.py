@@ -6,6 +6,7 @@ A code is one of 65,536 and stands for 320 samples (20 ms). PyTorch and transfor
 import hashlib
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
 SAMPLE_RATE = 16000
 HOP = 320
 CODEBOOK_SIZE = 65536
+_MEANING = ("quantizer.", "fc_encoder.", "generator.quantizer.", "fc_prior.")  # tensors: transformers' names, the original's
 MAX_BATCH_SAMPLES = 120 * SAMPLE_RATE  # of equally long clips in one forward pass; a longer clip goes alone
 
 
@@ -36,8 +38,9 @@ class Codec(Protocol):
 
 
 def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec":
-    """Loads an XCodec2 checkpoint in transformers' format from a folder or the Hugging Face hub, onto a PyTorch device.
+    """Loads an XCodec2 checkpoint from a folder or the Hugging Face hub, onto a PyTorch device.
 
+    Its config.json tells the format: transformers', or that of the original package (`HKUSTAudio/xcodec2`; see `codec_original`).
     Strict: every tensor of the checkpoint is used and every tensor of the model is in it, with its shape; safetensors only.
     (The `xcodec2` package under recent transformers drops the SnakeBeta `beta` tensors with a warning, and its codes are
     noise.) Raises `UserError` for what is not such a checkpoint, for a device that is not there, and for a hub that
@@ -52,7 +55,7 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec"
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"{name}: no such codec folder; give a folder, or a name on the hub such as {DEFAULT_CODEC}.")
     if is_folder and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name}: no codec, it has no config.json; give a folder with an XCodec2 checkpoint in transformers' format.")
+        raise UserError(f"{name}: no codec, it has no config.json; give a folder with an XCodec2 checkpoint.")
     try:
         torch_device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -60,10 +63,13 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec"
 
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(name)
+        if "codec_encoder_hidden_size" in config_dict:  # of the two formats only the original's has it, whatever its model_type
+            from llasa_jax.codec_original import load_original
+
+            return load_original(name, config_dict, torch_device)
         if config_dict.get("model_type") != "xcodec2":
             raise UserError(
-                f"{name}: no codec, its config.json says model_type {config_dict.get('model_type')!r}, not 'xcodec2'; "
-                f"use {DEFAULT_CODEC} (the original HKUSTAudio/xcodec2 has another format)."
+                f"{name}: no codec, its config.json says model_type {config_dict.get('model_type')!r}, not 'xcodec2'; use {DEFAULT_CODEC}."
             )
         config = Xcodec2Config.from_dict(config_dict)
         levels, hop, rate = int(np.prod(config.quantization_levels)), config.hop_length, config.sampling_rate
@@ -79,15 +85,20 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> "Codec"
         hint = "give a complete checkpoint in safetensors" if is_folder else "check the name and the network, or give a local folder"
         raise UserError(f"{name}: the codec cannot be loaded ({_first_line(error)}); {hint}.") from error
     faults = {
-        "lacks": sorted(loaded["missing_keys"]),
-        "has the unknown": sorted(loaded["unexpected_keys"]),
-        "has the wrong shape for": sorted(key[0] for key in loaded["mismatched_keys"]),
-        "cannot read": sorted(str(message) for message in loaded["error_msgs"]),
+        "lacks": loaded["missing_keys"],
+        "has the unknown": loaded["unexpected_keys"],
+        "has the wrong shape for": [key[0] for key in loaded["mismatched_keys"]],
+        "cannot read": [str(message) for message in loaded["error_msgs"]],
     }
-    found = [f"{verb} {_some(keys)}" for verb, keys in faults.items() if keys]
-    if found:
-        raise UserError(f"{name}: the codec's checkpoint {' and '.join(found)}; get a checkpoint saved by transformers' Xcodec2Model.")
+    refuse_faults(name, faults, "get a checkpoint saved by transformers' Xcodec2Model")
     return Xcodec2Codec(name, model.to(torch_device))
+
+
+def refuse_faults(name: str, faults: dict[str, Iterable[str]], fix: str) -> None:
+    """Raises `UserError` where a strict load found any, by what is the matter with the tensors named."""
+    found = [f"{verb} {_some(sorted(keys))}" for verb, keys in faults.items() if keys]
+    if found:
+        raise UserError(f"{name}: the codec's checkpoint {' and '.join(found)}; {fix}.")
 
 
 class Xcodec2Codec:
@@ -145,8 +156,8 @@ class Xcodec2Codec:
         if codes.min() < 0 or codes.max() >= CODEBOOK_SIZE:
             raise UserError(f"codes to decode reach from {codes.min()} to {codes.max()}, outside 0..65535; subtract the token base.")
         with torch.inference_mode(), _exact_float32():
-            batch = torch.from_numpy(codes.astype(np.int64))[None, None].to(self.model.device)
-            return self.model.decode(batch).audio_values[0, 0].float().cpu().numpy()
+            wave = self._wave(torch.from_numpy(codes.astype(np.int64))[None, None].to(self.model.device))
+        return wave[0, 0].float().cpu().numpy()
 
     def _encode_batch(self, waves: np.ndarray) -> np.ndarray:
         """Waves (batch, frames * 320) to codes, uint16 (batch, frames)."""
@@ -154,10 +165,16 @@ class Xcodec2Codec:
 
         mel = self._mel(list(np.pad(waves, ((0, 0), (HOP // 2, HOP // 2)))), sampling_rate=SAMPLE_RATE, return_tensors="pt")
         with torch.inference_mode(), _exact_float32():
-            codes = self.model.encode(
-                torch.from_numpy(waves)[:, None].to(self.model.device), input_features=mel["input_features"].to(self.model.device)
-            ).audio_codes
+            codes = self._codes(torch.from_numpy(waves)[:, None].to(self.model.device), mel["input_features"].to(self.model.device))
         return codes[:, 0].cpu().numpy().astype(np.uint16)
+
+    def _codes(self, waves, features):
+        """Waves (batch, 1, samples) and their log-mel features (batch, frames, 160) to codes (batch, 1, frames)."""
+        return self.model.encode(waves, input_features=features).audio_codes
+
+    def _wave(self, codes):
+        """Codes (batch, 1, frames) to waves (batch, 1, samples)."""
+        return self.model.decode(codes).audio_values
 
 
 def _exact_float32():
@@ -173,7 +190,7 @@ def _fingerprint(tensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}\n".encode())
-        if name.startswith(("quantizer.", "fc_encoder.")):
+        if name.startswith(_MEANING):
             digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -4,12 +4,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
 from llasa_jax.batching import Source, ToExample, drawn, draws_per_epoch
+from llasa_jax.codec import Codec, load_codec
+from llasa_jax.encoder import PlannedClip, PlannedClips
+from llasa_jax.errors import UserError
 from llasa_jax.model_folder import load_tokenizer
 from llasa_jax.prompts import Prompter
 from llasa_jax.settings import Settings
@@ -22,18 +26,24 @@ LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 def preview(settings: Settings, records: Sequence[Sequence], count: int, *, as_json: bool = False, out: TextIO | None = None) -> None:
     """Writes the first `count` records of training, in the order in which they are drawn, to `out` (stdout); at most one epoch of them.
 
-    `records` are those of each of `settings.sources`. Records that are too long for a row are cut, or named and left out, as training
-    does. With `as_json` each is a line with `id`, `input_ids` and `labels`, which are the ids that carry loss and -100 elsewhere.
+    `records` are those of each of `settings.sources`; audio among them is encoded for the purpose. Records that are too long for a row are
+    cut, or named and left out, as training does. With `as_json` each is a line with `id`, `input_ids` and `labels`, which are the ids that
+    carry loss and -100 elsewhere.
     """
     out = out or sys.stdout
     tokenizer = load_tokenizer(Path(settings.model.path))
+    if any(isinstance(data, PlannedClips) for data in records):
+        codec = load_codec(settings.data.online.codec, settings.data.online.device)
+        records = [_Encoded(data, codec) if isinstance(data, PlannedClips) else data for data in records]
     sources = [Source(data, Prompter(tokenizer, each.prompt), each.weight) for data, each in zip(records, settings.sources, strict=True)]
     order = drawn(sources, settings.train.seed)
     to_example = ToExample(sources, settings.data.max_length, settings.data.too_long)
     coloured = out.isatty() and not os.environ.get("NO_COLOR")
     for draw in range(min(count, draws_per_epoch(sources))):
         source, record = order[draw]
-        example = to_example.map((source, record))
+        if record is None:
+            continue  # a bad clip, of which a warning has told
+        example = to_example(source, record)
         if example is None:
             print(f"{record.id}: longer than data.max_length={settings.data.max_length}, left out", file=sys.stderr if as_json else out)
         elif as_json:
@@ -45,6 +55,27 @@ def preview(settings: Settings, records: Sequence[Sequence], count: int, *, as_j
             for text, learned in _pieces(example.tokens, example.loss, sources[source].prompter, tokenizer):
                 print(f"{LEARNED}{text}{PLAIN}" if learned and coloured else text, end="", file=out)
             print("\n", file=out)
+
+
+class _Encoded(Sequence):
+    """Clips of audio, encoded when asked for; None for a bad one."""
+
+    def __init__(self, clips: PlannedClips, codec: Codec):
+        self._clips, self._codec = clips, codec
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, at: int) -> PlannedClip | None:
+        clip = self._clips[at]
+        if clip is None:
+            return None
+        _, index = clip.key
+        try:
+            return replace(clip, codes=self._codec.encode([self._clips.audio.wave(index)])[0])
+        except (UserError, OSError) as error:
+            self._clips.skipped.add(clip.key, clip.id, self._clips.audio.key(index)[0], str(error))
+            return None
 
 
 def _pieces(tokens: np.ndarray, loss: np.ndarray, prompter: Prompter, tokenizer) -> Iterator[tuple[str, bool]]:

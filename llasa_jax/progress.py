@@ -9,15 +9,25 @@ import optax
 from llasa_jax.alarm import LossAlarm
 from llasa_jax.errors import UserError
 from llasa_jax.metrics import Metrics
+from llasa_jax.online import OnlineBatches
 from llasa_jax.throughput import Throughput
 
 
 class Progress:
     """Takes each step's numbers as they lie on the devices, and settles those of the step before: metrics, terminal, alarm."""
 
-    def __init__(self, metrics: Metrics, throughput: Throughput, alarm: LossAlarm, schedule: optax.Schedule, every: int, steps: int):
+    def __init__(
+        self,
+        metrics: Metrics,
+        throughput: Throughput,
+        alarm: LossAlarm,
+        schedule: optax.Schedule,
+        every: int,
+        steps: int,
+        online: OnlineBatches | None = None,
+    ):
         self._metrics, self._throughput, self._alarm, self._schedule = metrics, throughput, alarm, schedule
-        self._every, self._steps = every, steps
+        self._every, self._steps, self._online = every, steps, online
         self._pending: tuple[int, dict, int] | None = None
 
     @property
@@ -48,6 +58,10 @@ class Progress:
             warnings.warn(warning, stacklevel=2)
         rates = self._throughput.step_ended(numbers["fill"] * slots, numbers["codes"], numbers.pop("context"))
         numbers |= {"learning_rate": float(self._schedule(step - 1))} | rates
+        if self._online:
+            numbers |= self._online.numbers()
+            if advice := self._online.advice(rates.get("data_wait", 0.0)):
+                say(advice)
         self._metrics.write(step, numbers)
         if step % self._every == 0 or step in (1, self._steps):
             line = f"step {step}/{self._steps}  loss {numbers['loss']:.4f}  accuracy {numbers['accuracy']:.1%}"

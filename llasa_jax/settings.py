@@ -53,11 +53,39 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class OnlineSettings:
+    """How audio becomes codes while training, where `data.mode` is online. `codec` and `device` are those of `encode`.
+
+    `columns`: audio=COLUMN,text=COLUMN and so on, of Hugging Face's and TFDS's datasets; empty, the usual names are looked for.
+    `queue`: finished batches that may wait for the devices, and as many that are planned ahead of them. `workers`: processes that read
+    audio, no more than `read_ahead` seconds of it before it is encoded. `cache`: a folder of codes, written as they are made and a
+    dataset once all are there. More than `max_bad_share` bad clips stop training. A warning comes when training has waited `stall_seconds`
+    for data. `validation_share` of the clips without a split, chosen by `split_seed`, are the split validation, as `encode` does it.
+    `torch_threads` is how many cores the codec takes; 0 is all, or half where JAX computes on them too. `gpu_memory` is the codec's
+    share of its GPU; JAX takes the rest, less 5%.
+    """
+
+    codec: str = "HKUSTAudio/xcodec2-hf"
+    device: str = "cpu"
+    columns: str = ""
+    queue: int = 4
+    workers: int = 4
+    read_ahead: float = 600.0
+    cache: str = ""
+    max_bad_share: float = 0.05
+    stall_seconds: float = 30.0
+    validation_share: float = 0.0
+    split_seed: int = 0
+    torch_threads: int = 0
+    gpu_memory: float = 0.2
+
+
+@dataclass(frozen=True)
 class SourceSettings:
     """One dataset of a mixture: as `data.path` and its splits, with its share of the draws and, if need be, a prompt of its own.
 
-    `weight` is relative to the other sources' and counts records, not tokens. `prompt` replaces the run's as a whole. Where its task is
-    chat, `path` is a JSONL file of conversations, which is one split by itself.
+    `weight` is relative to the other sources' and counts records, not tokens. `prompt` replaces the run's as a whole, and `mode`
+    `data.mode`. Where its task is chat, `path` is a JSONL file of conversations, which is one split by itself.
     """
 
     path: str = ""
@@ -65,16 +93,20 @@ class SourceSettings:
     validation_split: str = ""
     weight: float = 1.0
     prompt: PromptSettings | None = None
+    mode: Literal["", "offline", "online"] = ""
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """`path`: a folder that `encode` made; or, for a mixture of several, `sources`. An epoch is one pass over the first of them.
 
+    With `mode` online, paths are of audio: a manifest as `encode` takes it, a Hugging Face dataset's folder or hub id (`NAME:CONFIG`), or
+    `tfds:NAME`; a source may have its own mode.
     Clips longer than a row of `max_length` tokens are dropped and counted, or cut. With `pack` a row holds as many clips as fit.
     `doctor`: what a bad finding of the quick look at the records before training does.
     """
 
+    mode: Literal["offline", "online"] = "offline"
     path: str = ""
     train_split: str = "train"
     validation_split: str = ""
@@ -83,6 +115,7 @@ class DataSettings:
     too_long: Literal["drop", "cut"] = "drop"
     pack: bool = True
     doctor: Literal["stop", "warn", "off"] = "stop"
+    online: OnlineSettings = field(default_factory=OnlineSettings)
 
 
 @dataclass(frozen=True)
@@ -204,6 +237,15 @@ class Settings:
         for name, value in (positive | {"log.every": log.every, "log.samples_every": log.samples_every}).items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1 but is {value}")
+        online = self.data.online
+        for name in ("queue", "workers", "read_ahead", "stall_seconds"):
+            if not getattr(online, name) > 0:
+                raise UserError(f"data.online.{name} must be above 0 but is {getattr(online, name)}")
+        for name in ("max_bad_share", "validation_share", "gpu_memory"):
+            if not 0 <= getattr(online, name) < 1:
+                raise UserError(f"data.online.{name} is a share, at least 0 and below 1, but is {getattr(online, name)}")
+        if online.torch_threads < 0:
+            raise UserError(f"data.online.torch_threads must be at least 0 but is {online.torch_threads}")
         if train.keep_best < 0:
             raise UserError(f"train.keep_best must be at least 0 but is {train.keep_best}")
         if log.samples and not log.codec:
@@ -216,7 +258,8 @@ class Settings:
         """The datasets to train on, each with its prompt: `data.sources`, or the one at `data.path`."""
         data = self.data
         listed = data.sources or [SourceSettings(data.path, data.train_split, data.validation_split)]
-        return [replace(source, prompt=source.prompt or self.prompt) for source in listed]
+        listed = [replace(source, prompt=source.prompt or self.prompt, mode=source.mode or data.mode) for source in listed]
+        return [replace(source, mode="offline") if source.prompt.task == "chat" else source for source in listed]
 
     @property
     def voice(self) -> PromptSettings:

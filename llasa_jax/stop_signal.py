@@ -3,6 +3,9 @@
 import signal
 
 from llasa_jax import hosts
+from llasa_jax.errors import UserError
+
+FAILED = 1000  # above every signal
 
 
 class StopSignal:
@@ -11,9 +14,15 @@ class StopSignal:
     def __init__(self):
         self.received = 0
 
-    def agreed(self) -> int:
-        """The signal that any host has received, 0 if none: all hosts stop after the same step. All must ask."""
-        self.received = hosts.largest(self.received)
+    def agreed(self, failed: bool = False) -> int:
+        """The signal that any host has received, 0 if none: all hosts stop after the same step. All must ask.
+
+        UserError where another host has `failed`, so that nobody waits for it.
+        """
+        verdict = hosts.largest(FAILED if failed else self.received)
+        if verdict == FAILED and not failed:
+            raise UserError("another host's data failed, and training stops on all; its own log says why")
+        self.received = self.received if failed else verdict
         return self.received
 
     def _note(self, number, frame):

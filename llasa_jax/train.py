@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -11,9 +12,11 @@ from llasa_jax import hosts, model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
 from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
+from llasa_jax.encoder import Encoder
 from llasa_jax.errors import UserError
 from llasa_jax.lora import Adapter, adapter_config, count, join, new_adapters, place, split
 from llasa_jax.metrics import Metrics
+from llasa_jax.online import OnlineBatches
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.profiler import Profiler
 from llasa_jax.progress import Progress, say
@@ -35,11 +38,13 @@ def train(
     validation: Sequence[Records | None] = (),
     codec: dict[str, str] | None = None,
     adapter: Adapter | None = None,
+    encoder: Encoder | None = None,
 ) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
     `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. `codec`, the
-    `codec` and `fingerprint` of what made their codes, is kept with the run. `adapter` is what a LoRA run begins with, if not a new one.
+    `codec` and `fingerprint` of what made their codes, is kept with the run. `adapter` is what a LoRA run begins with, if not a new one,
+    `encoder` makes the codes of records that are `PlannedClips`.
     Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk,
     and on a loss that is no number.
     """
@@ -81,9 +86,14 @@ def train(
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
-    with run_folder.claimed(run, settings, codec, adapters):
+    with run_folder.claimed(run, settings, codec, adapters), encoder or nullcontext():
+        # The data, whose codes are there or are made while training
+        if encoder:
+            encoder.skipped.list_in(run / (f"bad.{jax.process_index()}.jsonl" if jax.process_index() else "bad.jsonl"))
+            held_out = encoder.held_out(held_out, pipeline["process"])
+        data = OnlineBatches(encoder, sources, shape, **pipeline) if encoder else iter(batches(sources, shape, **pipeline))
+
         # The state, new or gone back to
-        data = iter(batches(sources, shape, **pipeline))
         frozen, base = {}, None
         if adapters:
             frozen, trainable, base = _begin_lora(source, step_functions, adapter)
@@ -101,36 +111,48 @@ def train(
         with StopSignal() as stop, checkpoints, profiler, Metrics(run, settings.log, start) as metrics:
             throughput = Throughput(config, list(mesh.devices.flat))
             schedule = learning_rate_schedule(settings.optimizer, steps)
-            progress = Progress(metrics, throughput, LossAlarm(config.vocab_size), schedule, settings.log.every, steps)
-            for step in range(start + 1, steps + 1):
+            alarm = LossAlarm(config.vocab_size)
+            progress = Progress(metrics, throughput, alarm, schedule, settings.log.every, steps, data if encoder else None)
+            while step < steps:
                 with throughput.waiting(progress.computing):
+                    failed = encoder and not data.wait(lambda: stop.received)
+                    # Before a batch is taken, so that the checkpoint's place in the data is that of the last step.
+                    if stop.agreed(failed):
+                        break
                     batch = next(data)
                     placed = _place(batch, step_functions)
+                step += 1
                 profiler.before(step, trainable)
                 trainable, opt_state, numbers = step_functions.train(frozen, trainable, opt_state, placed)
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()
 
                 # What comes due between steps; on a signal only what must be, for the time is short
-                stopping, last, validation_loss = stop.agreed(), step == steps, None
-                save = step % settings.train.save_every == 0 or last or stopping
-                if save or step % settings.train.validate_every == 0 or step % settings.log.samples_every == 0:
-                    progress.settle()
+                last, validation_loss = step == steps, None
+                often = settings.train.save_every, settings.train.validate_every, settings.log.samples_every
+                save, validate, speak = (last or step % every == 0 for every in often)
+                if not (save or validate or speak):
+                    continue
+                progress.settle()
+                stopping = stop.agreed()
                 with throughput.pause():
-                    for_best = save and settings.train.keep_best
-                    if held_out and not stopping and (step % settings.train.validate_every == 0 or last or for_best):
+                    if held_out and not stopping and (validate or (save and settings.train.keep_best)):
                         unseen = hosts.evenly(batches(held_out, shape, **pipeline, repeat=False), jax.tree.map(np.zeros_like, batch))
                         validation_loss = _validate(step, step_functions, frozen, trainable, unseen, metrics)
                     if save:
                         checkpoints.save(step, trainable, opt_state, data, validation_loss)
-                    if samples and not stopping and (step % settings.log.samples_every == 0 or last):
+                    if samples and not stopping and speak:
                         samples.write(step, step_functions.graphdef, join(frozen, trainable), metrics)
-                if stopping:
-                    break
+            if stop.received and step:
+                progress.settle()
+                checkpoints.save(step, trainable, opt_state, data)
+        if encoder and not stop.received:
+            encoder.finish()
         if best := checkpoints.best():
             say("the best checkpoint is that of step {}, with a validation loss of {:.4f}".format(*best))
     if stop.received:
-        say(f"stopped by {signal.Signals(stop.received).name} after step {step}, which is saved; the same command goes on from there")
+        where = f"after step {step}, which is saved; the same command goes on from there" if step else "before the first step"
+        say(f"stopped by {signal.Signals(stop.received).name} {where}")
         raise SystemExit(128 + stop.received)
     say(f"done: {run}")
     return run

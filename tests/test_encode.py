@@ -18,8 +18,8 @@ import torch
 from llasa_jax.audio import read_audio
 from llasa_jax.codec import load_codec
 from llasa_jax.data.builder import open_dataset, read_metadata, write_dataset
-from llasa_jax.data.encode import assign_splits, encode
-from llasa_jax.data.manifest import Clip, read_manifest
+from llasa_jax.data.encode import encode
+from llasa_jax.data.manifest import Clip, assign_splits, read_manifest
 from llasa_jax.errors import UserError
 from llasa_jax.tiny import make_tiny_codec
 

@@ -1,0 +1,266 @@
+"""Online is offline, to the bit: the same rows of the same codes, whatever is slow, bad, dead, killed or resumed."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from slow_audio import SlowAudio
+from test_encode import CountingCodec
+from tiny_run import lines_of, losses, make_model, settings_for
+
+from llasa_jax import train as train_module
+from llasa_jax.batching import BatchShape, Source, batches
+from llasa_jax.codec import load_codec
+from llasa_jax.data.audio_sources import ManifestAudio
+from llasa_jax.data.builder import open_dataset
+from llasa_jax.data.encode import encode
+from llasa_jax.data.online_cache import open_encoder
+from llasa_jax.data.records import codec_of, open_sources, open_utterances
+from llasa_jax.encoder import Encoder, PlannedClips, Skipped
+from llasa_jax.errors import UserError
+from llasa_jax.online import OnlineBatches
+from llasa_jax.prompts import Prompter
+from llasa_jax.settings import OnlineSettings
+from llasa_jax.tiny import make_tiny_codec
+from llasa_jax.tiny_llama import make_tiny_tokenizer
+from llasa_jax.train import train
+
+SPEECH = Path(__file__).parent / "speech"
+SHAPE = BatchShape(accumulation=1, rows=2, length=512)
+OPTIONS = {"seed": 3, "too_long": "drop", "process": (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def prompter():
+    return Prompter(make_tiny_tokenizer())
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Sixteen clips, free to be spoilt."""
+    lines = (SPEECH / "manifest.jsonl").read_text().splitlines()[:16]
+    (tmp_path / "in").mkdir()
+    for line in lines:
+        shutil.copy(SPEECH / json.loads(line)["audio"], tmp_path / "in")
+    (tmp_path / "in/m.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "in/m.jsonl"
+
+
+def encoder_of(audio, codec=None, caches=(None,), **changes):
+    clips = PlannedClips(audio, "train", 0, Skipped())
+    settings = OnlineSettings(**{"workers": 2, "torch_threads": 1, "queue": 2, "max_bad_share": 0.2} | changes)
+    return Encoder(codec or CountingCodec(), [clips], settings, caches), clips
+
+
+def online(encoder, clips, prompter, count, state=None, **options):
+    """`count` batches, and the state after each."""
+    made = OnlineBatches(encoder, [Source(clips, prompter)], SHAPE, **OPTIONS | options)
+    if state:
+        made.set_state(state)
+    return [(next(made), made.get_state()) for _ in range(count)]
+
+
+def same(ones, others):
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.fixture
+def offline(tmp_path, manifest, prompter):
+    """Batches of the records that `encode` makes of the manifest."""
+
+    def make(count, **options):
+        if not (tmp_path / "codes").exists():
+            encode(manifest, tmp_path / "codes", CountingCodec(), max_bad_share=0.2)
+        source = Source(open_utterances(tmp_path / "codes", "train"), prompter)
+        iterator = iter(batches([source], SHAPE, **OPTIONS | options))
+        return [(next(iterator), iterator.get_state()) for _ in range(count)]
+
+    return make
+
+
+def test_the_same_batches_as_offline_in_the_same_places(manifest, prompter, offline):
+    """Late clips come last, so the codec's batches finish in another order than the data's."""
+    wanted = offline(9)
+    encoder, clips = encoder_of(SlowAudio(manifest, late={0: 0.5, 5: 0.3}))
+    with encoder:
+        found = online(encoder, clips, prompter, 9)
+    same([batch for batch, _ in found], [batch for batch, _ in wanted])
+    assert [state for _, state in found] == [state for _, state in wanted]
+    with encoder_of(ManifestAudio(manifest))[0] as encoder:
+        again = online(encoder, clips, prompter, 4, state=found[4][1])
+    same([batch for batch, _ in again], [batch for batch, _ in wanted[5:]])
+
+
+def test_hosts_encode_only_their_own(manifest, prompter, offline):
+    seen = []
+    for host in range(2):
+        codec = CountingCodec()
+        encoder, clips = encoder_of(ManifestAudio(manifest), codec)
+        with encoder:
+            found = online(encoder, clips, prompter, 2, process=(host, 2), window=8)
+        same([b for b, _ in found], [b for b, _ in offline(2, process=(host, 2), window=8)])
+        seen.append(set(codec.seen))
+    assert all(len(waves) < 16 for waves in seen)
+
+
+def test_bad_clips_leave_holes_and_are_told(manifest, prompter, offline, tmp_path):
+    good = ManifestAudio(manifest)
+    # Half of it is not there, though its header says so; another has no header, and never was in a row.
+    for index, size in ((2, 0.5), (9, 0)):
+        path = Path(good.key(index)[0])
+        path.write_bytes(path.read_bytes()[: int(size * path.stat().st_size)])
+    encoder, clips = encoder_of(good)
+    encoder.skipped.list_in(tmp_path / "bad.jsonl")
+    with encoder, pytest.warns(UserWarning, match="skipped") as told:
+        found = online(encoder, clips, prompter, 12)
+    assert len(told) == 2
+    assert len(encoder.skipped) == 2
+    listed = {row["id"]: row["reason"] for row in map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())}
+    ids = [good.utterance(i).id for i in (2, 9)]
+    assert listed.keys() == set(ids)
+    assert "0 bytes" in listed[ids[1]]
+    # Every good clip as often as any other, each whole in a segment of its own; the bad one has left nothing.
+    spoken = Counter()
+    for batch, _ in found:
+        for row in range(SHAPE.rows):
+            for segment in range(1, batch["segment_ids"][0, row].max() + 1):
+                spoken[batch["tokens"][0, row][batch["segment_ids"][0, row] == segment].tobytes()] += 1
+    codec = CountingCodec()
+    for index in set(range(16)) - {2, 9}:
+        utterance = replace(good.utterance(index), codes=codec.encode([good.wave(index)])[0])
+        assert spoken.pop(prompter.example(utterance).tokens.tobytes()) > 1
+    assert not spoken
+
+
+def test_too_many_bad_clips_stop_it(manifest, prompter):
+    audio = ManifestAudio(manifest)
+    for index in range(5):
+        path = Path(audio.key(index)[0])
+        path.write_bytes(path.read_bytes()[:3000])
+    encoder, clips = encoder_of(audio)
+    with (
+        encoder,
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(UserError, match="4 clips of audio are bad"),
+    ):
+        online(encoder, clips, prompter, 9)
+
+
+def test_dead_readers_are_replaced(manifest, prompter, offline, tmp_path):
+    encoder, clips = encoder_of(SlowAudio(manifest, kills={3: 1, 4: 2}, folder=tmp_path))
+    with encoder:
+        same([b for b, _ in online(encoder, clips, prompter, 4)], [b for b, _ in offline(4)])
+    assert len(encoder.skipped) == 0
+    assert sorted(path.name for path in tmp_path.glob("[34].*")) == ["3.0", "4.0", "4.1"]
+
+
+def test_a_stalled_source_is_told(manifest, prompter):
+    encoder, clips = encoder_of(SlowAudio(manifest, late=dict.fromkeys(range(16), 1.5)), stall_seconds=0.4)
+    with encoder, pytest.warns(UserWarning, match=r"the data source is stalled: reading .*flac has taken \d s so far"):
+        online(encoder, clips, prompter, 1)
+
+
+def test_what_ends_the_thread_ends_training_with_its_traceback(manifest, prompter):
+    class Broken(CountingCodec):
+        def encode(self, waves):
+            raise ZeroDivisionError("in the codec")
+
+    encoder, clips = encoder_of(ManifestAudio(manifest), Broken())
+    with encoder, pytest.raises(ZeroDivisionError) as caught:
+        online(encoder, clips, prompter, 1)
+    assert "_work" in [entry.name for entry in caught.traceback]
+    assert caught.traceback[-1].path == Path(__file__)
+
+
+def test_the_queue_bounds_what_is_made(manifest, prompter):
+    codec = CountingCodec()
+    encoder, clips = encoder_of(ManifestAudio(manifest), codec, queue=1)
+    with encoder:
+        made = OnlineBatches(encoder, [Source(clips, prompter)], SHAPE, **OPTIONS)
+        next(made)
+        time.sleep(1)
+        held = len(codec.seen)
+        time.sleep(1)
+        assert len(codec.seen) == held
+        assert made.numbers()["queue_depth"] == 1
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def codec_folder(tmp_path_factory):
+    return make_tiny_codec(tmp_path_factory.mktemp("codecs") / "tiny")
+
+
+def opened(model, out, manifest, codec, cache, **changes):
+    """An encoder for a run with a validation split, and what begins the run."""
+    online = OnlineSettings(workers=1, torch_threads=1, validation_share=0.2, queue=2, cache=str(cache))
+    data = {"path": str(manifest), "mode": "online", "max_length": 512, "validation_split": "validation", "online": online}
+    settings = settings_for(model, out, data=data, **changes)
+    records, validation = open_sources(settings.sources, online)
+    encoder = open_encoder(settings, records, validation, codec)
+    return encoder, lambda: train(settings, records, validation, codec_of(settings.sources, codec), encoder)
+
+
+def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_path, monkeypatch, capsys):
+    """Eight devices, AdamW, validation; online with a cache, stopped in the middle and gone on with."""
+    codec = load_codec(codec_folder)
+    encode(manifest, tmp_path / "codes", codec, validation_share=0.2)
+    data = {"path": str(tmp_path / "codes"), "max_length": 512, "validation_split": "validation"}
+    settings = settings_for(model, tmp_path / "offline", data=data)
+    train(settings, *open_sources(settings.sources))
+
+    real_place, count = train_module._place, iter(range(100))
+
+    def place(*args):
+        if next(count) == 4:  # three steps, the validation after them, and one more
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_place(*args)
+
+    monkeypatch.setattr(train_module, "_place", place)
+    with pytest.raises(SystemExit) as stop:
+        opened(model, tmp_path / "online", manifest, codec, tmp_path / "cache")[1]()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "after step 4, which is saved" in capsys.readouterr().out
+    opened(model, tmp_path / "online", manifest, codec, tmp_path / "cache")[1]()
+    found, wanted = lines_of(tmp_path / "online"), lines_of(tmp_path / "offline")
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert {x["step"]: x[name] for x in found if name in x} == {x["step"]: x[name] for x in wanted if name in x}
+    assert len(losses(tmp_path / "online")) == 6
+    assert {"queue_depth", "encoded_seconds_per_second", "skipped_clips"} <= found[0].keys()
+
+    # The cache is what `encode` made, and needs no codec any more.
+    for split in ("train", "validation"):
+        ones, others = (open_dataset(tmp_path / folder, split) for folder in ("cache", "codes"))
+        np.testing.assert_equal([*ones], [*others])
+
+    class Unneeded:
+        name, fingerprint, hop, sample_rate = codec.name, codec.fingerprint, 320, 16_000
+
+    with opened(model, tmp_path / "again", manifest, Unneeded(), tmp_path / "cache")[0] as encoder:
+        (clips, _), prompter = encoder.splits, Prompter(make_tiny_tokenizer())
+        source = Source(open_utterances(tmp_path / "codes", "train"), prompter)
+        wanted = iter(batches([source], SHAPE, **OPTIONS))
+        same([batch for batch, _ in online(encoder, clips, prompter, 9)], [next(wanted) for _ in range(9)])
+    with pytest.raises(UserError, match="another codec than counting"):
+        opened(model, tmp_path / "other", manifest, CountingCodec(), tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache.partial")
+    with pytest.raises(UserError, match="train on it with data.mode=offline"):
+        opened(model, tmp_path / "other", manifest, codec, tmp_path / "cache")

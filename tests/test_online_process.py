@@ -1,0 +1,74 @@
+"""Online training as a process: stopped while its codec cannot be, killed, and gone on with from the cache."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from test_encode import CountingCodec
+from tiny_run import losses, make_model
+
+from llasa_jax.data.encode import encode
+from llasa_jax.model_folder import saved_steps
+
+TESTS = Path(__file__).parent
+STEPS = 7
+
+
+def start(what, limit, *arguments):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, TESTS / "online_run.py", what, str(limit), *arguments]
+    return subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_stopped_killed_and_gone_on_with(tmp_path):
+    lines = (TESTS / "speech/manifest.jsonl").read_text().splitlines()[:16]
+    for line in lines:
+        shutil.copy(TESTS / "speech" / json.loads(line)["audio"], tmp_path)
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("\n".join(lines) + "\n")
+    encode(manifest, tmp_path / "codes", CountingCodec())
+    make_model(tmp_path / "model")
+    settings = {
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32", "loss_chunk": 32},
+        "data": {"max_length": 512, "doctor": "warn", "online": {"workers": 1, "queue": 1, "cache": str(tmp_path / "cache")}},
+        "train": {"steps": STEPS, "rows": 1, "save_every": 2},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    common = ("train", "--config", tmp_path / "c.yaml")
+    online = (*common, "--data.mode=online", f"--data.path={manifest}", f"--out={tmp_path / 'online'}")
+
+    child = start("stuck", 8, *online)
+    said = ""
+    while "stuck" not in said and child.poll() is None:
+        said += child.stdout.readline()
+    while not losses_so_far(tmp_path / "online") and child.poll() is None:
+        pass
+    child.send_signal(signal.SIGTERM)
+    rest, complained = child.communicate(timeout=60)  # the codec would take 600
+    assert child.returncode == 128 + signal.SIGTERM, said + rest + complained
+    step = int(re.search(r"stopped by SIGTERM after step (\d), which is saved", rest)[1])
+    assert saved_steps(tmp_path / "online")[-1] == step
+
+    child = start("killed", 3, *online)
+    said, complained = child.communicate(timeout=300)
+    assert child.returncode == -signal.SIGKILL, said + complained
+    assert f"going on after step {step}" in said
+
+    child = start("killed", 16, *online)
+    reference = start("killed", 0, *common, f"--data.path={tmp_path / 'codes'}", f"--out={tmp_path / 'offline'}")
+    said, complained = child.communicate(timeout=300)
+    assert child.returncode == 0, said + complained
+    assert int(re.search(r"encoded (\d+) clips", said)[1]) <= 16 - 8 - 2
+    _, complained = reference.communicate(timeout=300)
+    assert reference.returncode == 0, complained
+    assert len(losses(tmp_path / "online")) == STEPS
+    assert losses(tmp_path / "online") == losses(tmp_path / "offline")
+
+
+def losses_so_far(run):
+    return losses(run) if (run / "metrics.jsonl").is_file() else {}
