@@ -86,13 +86,7 @@ def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, 
         nats, correct, grad_table_VD, grads = carry
         rows = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in of_chunks)
         hidden_BCD, targets_BC, mask_BC = (jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) for x in rows)
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-        logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
-        is_target_BCV = classes_V == targets_BC[..., None]
-        of_target_BC = jax.lax.psum(jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY)
-        top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
-        exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
-        logsumexp_BC = top_BC + jnp.log(exp_sum_BC)
+        logits_BCV, is_target_BCV, of_target_BC, top_BC, logsumexp_BC = _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC)
         nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
         correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
         if not with_grads:
@@ -115,24 +109,49 @@ def _on_device(vocab_size, chunk, with_grads, hidden_BTD, table_VD, targets_BT, 
 
 
 def chunked_ranks(
-    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int
+    hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than the target, int32 [B, T].
 
-    For validation, in chunks as above: a target is among the ten likeliest where fewer than ten are likelier.
+    For validation, in chunks and split over the mesh as above: a target is among the ten likeliest where fewer than ten are likelier.
     """
-    table_VD = table_VD.astype(hidden_BTD.dtype)
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    table_VD = jax.lax.with_sharding_constraint(table_VD.astype(hidden_BTD.dtype), NamedSharding(mesh, PartitionSpec(VOCABULARY)))
+    return jax.shard_map(
+        partial(_ranks_on_device, vocab_size, chunk),
+        mesh=mesh,
+        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS),
+        out_specs=(ROWS, ROWS),
+        check_vma=False,
+    )(hidden_BTD, table_VD, targets_BT)
+
+
+def _ranks_on_device(vocab_size, chunk, hidden_BTD, table_VD, targets_BT):
+    """As `_on_device`; each device keeps what concerns its own rows."""
+    B = len(targets_BT)
+    classes_V = jax.lax.axis_index(VOCABULARY) * table_VD.shape[0] + jnp.arange(table_VD.shape[0])
 
     def step(_, chunk_of_rows):
-        hidden_BCD, targets_BC = chunk_of_rows
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
-        logits_BCV = jnp.where(jnp.arange(table_VD.shape[0]) < vocab_size, logits_BCV, -jnp.inf)
-        of_target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
-        return None, (nll_BC, jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32))
+        hidden_BCD, targets_BC = (jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) for x in chunk_of_rows)
+        logits_BCV, _, of_target_BC, _, logsumexp_BC = _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC)
+        likelier_BC = jax.lax.psum(jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32), VOCABULARY)
+        mine = jax.lax.axis_index("fsdp") * B
+        return None, tuple(jax.lax.dynamic_slice_in_dim(x, mine, B) for x in (logsumexp_BC - of_target_BC, likelier_BC))
 
     _, of_chunks = jax.lax.scan(step, None, (_chunks(hidden_BTD, chunk), _chunks(targets_BT, chunk)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape), of_chunks)
+
+
+def _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC):
+    """One chunk's scores for this device's classes, which of them are the targets; and of all classes the target's and the highest
+    score, and the logarithm of the sum of exponentials."""
+    logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, table_VD, preferred_element_type=jnp.float32)
+    logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
+    is_target_BCV = classes_V == targets_BC[..., None]
+    of_target_BC = jax.lax.psum(jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY)
+    top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
+    exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
+    return logits_BCV, is_target_BCV, of_target_BC, top_BC, top_BC + jnp.log(exp_sum_BC)
 
 
 def _chunks(x, chunk):
