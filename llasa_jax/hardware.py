@@ -42,6 +42,33 @@ GPUS = {
     "rtx3090": Device(71e12, 22.0, 0.94e12, 32e9),
     "rtx4090": Device(165e12, 22.0, 1.01e12, 32e9),
 }
+# By the start of a JAX device's `device_kind`; the longest match holds.
+_KINDS = {
+    # Where there is one, both cores of a chip are one device; the compiler without a TPU takes them for two.
+    "TPU v4": Device(275e12, 31.0, 1.23e12, 270e9),
+    "TPU v5 lite": TPUS["v5e"],
+    "TPU v5e": TPUS["v5e"],
+    "TPU v5": TPUS["v5p"],
+    "TPU v6": TPUS["v6e"],
+    "TPU7x": TPUS["tpu7x"],
+    "NVIDIA A100": GPUS["a100"],
+    "NVIDIA A100-PCIE-40GB": GPUS["a100-40"],
+    "NVIDIA A100-SXM4-40GB": GPUS["a100-40"],
+    "NVIDIA H100": GPUS["h100"],
+    "NVIDIA H100 PCIe": Device(756e12, 74.0, 2.0e12, 32e9),
+    "NVIDIA H200": GPUS["h200"],
+    "NVIDIA B200": GPUS["b200"],
+    "NVIDIA L4": GPUS["l4"],
+    "NVIDIA L40S": GPUS["l40s"],
+    "NVIDIA GeForce RTX 3090": GPUS["rtx3090"],
+    "NVIDIA GeForce RTX 4090": GPUS["rtx4090"],
+}
+
+
+def device_of_kind(device_kind: str) -> Device | None:
+    """What is known of a JAX device by its `device_kind`, None of CPUs and the like."""
+    matches = [kind for kind in _KINDS if device_kind.startswith(kind)]
+    return _KINDS[max(matches, key=len)] if matches else None
 
 
 def known_topologies() -> str:

@@ -73,8 +73,7 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
     """Sums, and unless `learns` is None the gradients of hidden states and of tables that learn (float32, split over the vocabulary)."""
-    split = NamedSharding(mesh, PartitionSpec(VOCABULARY))
-    table = tuple(jax.lax.with_sharding_constraint(one.astype(hidden[0].dtype), split) for one in table)
+    table = _in_shares(table, hidden, mesh)
     grad_specs = () if learns is None else (ROWS, tuple(PartitionSpec(VOCABULARY) if one else None for one in learns))
     return jax.shard_map(
         partial(_on_device, vocab_size, chunk, learns),
@@ -103,13 +102,7 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         nats, correct, grad_table_VD, grads = carry
         rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), of_chunks)
         hidden_BCD, targets_BC, mask_BC = jax.tree.map(lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), rows)
-        logits_BCV = _logits(hidden_BCD, table_VD)
-        logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
-        is_target_BCV = classes_V == targets_BC[..., None]
-        of_target_BC = jax.lax.psum(jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY)
-        top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
-        exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
-        logsumexp_BC = top_BC + jnp.log(exp_sum_BC)
+        logits_BCV, is_target_BCV, of_target_BC, top_BC, logsumexp_BC = _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC)
         nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
         correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
         if learns is None:
@@ -143,30 +136,64 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
     return nats, correct, grad_BTD, jax.lax.psum(grad_table_VD, "data")
 
 
-def _logits(hidden_BCD: Factors, table_VD: Factors) -> jax.Array:
-    return sum(jnp.einsum("BCD,VD->BCV", x, one, preferred_element_type=jnp.float32) for x, one in zip(hidden_BCD, table_VD, strict=True))
+def _in_shares(table: Factors, hidden: Factors, mesh: Mesh) -> Factors:
+    """The tables in the hidden states' type, split over the vocabulary."""
+    share = NamedSharding(mesh, PartitionSpec(VOCABULARY))
+    return tuple(jax.lax.with_sharding_constraint(one.astype(hidden[0].dtype), share) for one in table)
 
 
 def chunked_ranks(
-    hidden_BTD: jax.Array | Factors, table_VD: jax.Array | Factors, targets_BT: jax.Array, *, vocab_size: int, chunk: int
+    hidden_BTD: jax.Array | Factors,
+    table_VD: jax.Array | Factors,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than the target, int32 [B, T].
 
-    For validation, in chunks as above: a target is among the ten likeliest where fewer than ten are likelier.
+    For validation, in chunks and split over the mesh as above: a target is among the ten likeliest where fewer than ten are likelier.
     """
-    hidden_BTD = _tuple(hidden_BTD)
-    table_VD = tuple(one.astype(hidden_BTD[0].dtype) for one in _tuple(table_VD))
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    hidden, table = _tuple(hidden_BTD), _in_shares(_tuple(table_VD), _tuple(hidden_BTD), mesh)
+    return jax.shard_map(
+        partial(_ranks_on_device, vocab_size, chunk),
+        mesh=mesh,
+        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS),
+        out_specs=(ROWS, ROWS),
+        check_vma=False,
+    )(hidden, table, targets_BT)
+
+
+def _ranks_on_device(vocab_size, chunk, hidden_BTD, table_VD, targets_BT):
+    """As `_on_device`; each device keeps what concerns its own rows."""
+    B = len(targets_BT)
+    share = table_VD[0].shape[0]
+    classes_V = jax.lax.axis_index(VOCABULARY) * share + jnp.arange(share)
 
     def step(_, chunk_of_rows):
-        hidden_BCD, targets_BC = chunk_of_rows
-        logits_BCV = _logits(hidden_BCD, table_VD)
-        logits_BCV = jnp.where(jnp.arange(table_VD[0].shape[0]) < vocab_size, logits_BCV, -jnp.inf)
-        of_target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - of_target_BC
-        return None, (nll_BC, jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32))
+        hidden_BCD, targets_BC = jax.tree.map(lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), chunk_of_rows)
+        logits_BCV, _, of_target_BC, _, logsumexp_BC = _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC)
+        likelier_BC = jax.lax.psum(jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32), VOCABULARY)
+        mine = jax.lax.axis_index("fsdp") * B
+        return None, tuple(jax.lax.dynamic_slice_in_dim(x, mine, B) for x in (logsumexp_BC - of_target_BC, likelier_BC))
 
     _, of_chunks = jax.lax.scan(step, None, jax.tree.map(partial(_chunks, chunk=chunk), (hidden_BTD, targets_BT)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape), of_chunks)
+
+
+def _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC):
+    """One chunk's scores for this device's classes, which of them are the targets; and of all classes the target's and the highest
+    score, and the logarithm of the sum of exponentials."""
+    products = zip(hidden_BCD, table_VD, strict=True)
+    logits_BCV = sum(jnp.einsum("BCD,VD->BCV", x, one, preferred_element_type=jnp.float32) for x, one in products)
+    logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
+    is_target_BCV = classes_V == targets_BC[..., None]
+    of_target_BC = jax.lax.psum(jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY)
+    top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
+    exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
+    return logits_BCV, is_target_BCV, of_target_BC, top_BC, top_BC + jnp.log(exp_sum_BC)
 
 
 def _chunks(x, chunk):

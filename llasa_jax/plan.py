@@ -20,7 +20,7 @@ from llasa_jax import model_folder
 from llasa_jax.config import ModelConfig, RopeScaling
 from llasa_jax.errors import UserError
 from llasa_jax.flops import StepShape, model_flops, step_seconds
-from llasa_jax.hardware import GPUS, TPUS, Device, known_topologies, parse_topology
+from llasa_jax.hardware import GPUS, Device, device_of_kind, known_topologies, parse_topology
 from llasa_jax.lora import MODULES, adapter_config
 from llasa_jax.memory import advice, held_gib, is_out_of_memory, working_gib
 from llasa_jax.optimizer import make_optimizer
@@ -31,7 +31,6 @@ from llasa_jax.vocab import CODES_PER_SECOND
 
 HERE = "here"
 TOKENS_PER_CODE = 1.2  # a clip's text and chat turns add about a fifth to its codes
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 _LLAMA = {"vocab_size": 193_800, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "num_key_value_heads": 8}
 MODELS = {
     "1b": ModelConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64, **_LLAMA),
@@ -192,9 +191,7 @@ def _machine(topology: str, slices: int) -> tuple[list, Device | None]:
     """The devices to compile for, and what is known of one."""
     if topology == HERE:
         devices = jax.devices()
-        kind = devices[0].device_kind
-        name = _KINDS.get(kind) or next((gpu for gpu in sorted(GPUS, key=len, reverse=True) if gpu in kind.lower().replace(" ", "")), None)
-        return devices, (TPUS | GPUS).get(name)
+        return devices, device_of_kind(devices[0].device_kind)
     _, device, _ = parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPUs needs XLA's TPU compiler, which is not installed; `pip install 'llasa-jax[plan]'` brings it")

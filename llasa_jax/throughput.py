@@ -8,29 +8,10 @@ import jax
 
 from llasa_jax.config import ModelConfig
 from llasa_jax.flops import model_flops_per_token
+from llasa_jax.hardware import device_of_kind
 from llasa_jax.vocab import CODES_PER_SECOND
 
 WINDOW = 50
-# Dense bfloat16 FLOP/s of one JAX device, by the start of its `device_kind`; the vendors' data sheets. The longest match holds.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 1153.5e12,  # a chip is two devices
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak FLOP/s in bfloat16, None where it is not known, as for CPUs."""
-    matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 class Throughput:
@@ -38,8 +19,8 @@ class Throughput:
 
     def __init__(self, config: ModelConfig, devices: list[jax.Device]):
         self._config = config
-        peak = peak_flops(devices[0])
-        self._peak = peak and peak * len(devices)
+        device = device_of_kind(devices[0].device_kind)
+        self._peak = device and device.flops * len(devices)
         self._ends = deque(maxlen=WINDOW + 1)
         self._paused = self._waited = 0.0
 

@@ -28,6 +28,8 @@ class TrainStep:
     or quantised; `seed` is that of their dropout. `frozen`, `trainable` and `opt_state` are the trees as `ShapeDtypeStruct`s.
     """
 
+    BATCH = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_mask": jnp.bool_}
+
     def __init__(
         self,
         config: ModelConfig,
@@ -64,10 +66,8 @@ class TrainStep:
     def compile(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
         """The train step for batches of this shape and the platform of the mesh's devices, which need not be at hand."""
 
-        def array(dtype):
-            return jax.ShapeDtypeStruct((accumulation, rows, length), dtype, sharding=self.batch_sharding)
-
-        batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")} | {"loss_mask": array(jnp.bool_)}
+        shape, sharding = (accumulation, rows, length), self.batch_sharding
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in self.BATCH.items()}
         platform = self.mesh.devices.flat[0].platform
         lowered = self.train.trace(self.frozen, self.trainable, self.opt_state, batch).lower(
             lowering_platforms=("cuda" if platform == "gpu" else platform,)
@@ -113,7 +113,7 @@ class TrainStep:
         def sums(micro_batch):
             rows, features, tables = self._scores(frozen, trainable, micro_batch)
             sizes = {"vocab_size": self.config.vocab_size, "chunk": self.settings.loss_chunk}
-            nll, rank = chunked_ranks(features, tables, rows["targets"], **sizes)
+            nll, rank = chunked_ranks(features, tables, rows["targets"], **sizes, mesh=self.mesh)
             learned, code = rows["loss_mask"], self._is_code(rows)
             counts = {"correct": learned & (rank == 0), "code_top1": code & (rank == 0), "code_top10": code & (rank < 10)}
             counts |= {"targets": learned, "codes": code}

@@ -59,16 +59,17 @@ def test_slices_repeat_the_weights():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_the_compiled_step_holds_neither_a_rows_logits_nor_a_whole_table(shape):
-    """On its own buffers, forward and backward. Sizes are such that nothing else is as large."""
+def test_the_compiled_steps_hold_neither_a_rows_logits_nor_a_whole_table(shape):
+    """On their own buffers, forward and backward, and in validation. Sizes are such that nothing else is as large."""
     config = config_of(hf_llama(vocab=5000))
     rows, length, chunk, pieces = 8, 128, 16, shape[1] * shape[2]
     step = TrainStep(config, ModelSettings(dtype="float32", loss_chunk=chunk), make_optimizer(OptimizerSettings(), 9), make_mesh(*shape))
-    compiled = step.compile(1, rows, length).as_text()
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", compiled)]
+    batch = {name: jax.ShapeDtypeStruct((1, rows, length), dtype, sharding=step.batch_sharding) for name, dtype in step.BATCH.items()}
     table = config.padded_vocab_size * config.hidden_size
-    assert max(sizes) == rows // shape[0] * chunk * config.padded_vocab_size // pieces  # a chunk's logits
-    assert max(sizes) < min(table, length * config.padded_vocab_size)
+    for compiled in (step.compile(1, rows, length), step.validate.lower(step.params, batch).compile()):
+        sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]
+        assert max(sizes) == rows // shape[0] * chunk * config.padded_vocab_size // pieces  # a chunk's logits
+        assert max(sizes) < min(table, length * config.padded_vocab_size)
 
 
 ONE_OF_TWO = """

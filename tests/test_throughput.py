@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llasa_jax import throughput
 from llasa_jax.flops import model_flops_per_token
-from llasa_jax.throughput import Throughput, peak_flops
+from llasa_jax.hardware import GPUS, TPUS, device_of_kind
+from llasa_jax.throughput import Throughput
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -29,11 +30,12 @@ def device(kind):
 
 
 def test_peaks():
-    assert peak_flops(device("NVIDIA H100 80GB HBM3")) == 989e12
-    assert peak_flops(device("NVIDIA H100 PCIe")) == 756e12
-    assert peak_flops(device("TPU v5 lite")) == 197e12
-    assert peak_flops(device("TPU v5p")) == peak_flops(device("TPU v5")) == 459e12
-    assert peak_flops(device("cpu")) is None
+    assert device_of_kind("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert device_of_kind("NVIDIA H100 PCIe").flops == 756e12
+    assert device_of_kind("NVIDIA L40S") is GPUS["l40s"]
+    assert device_of_kind("TPU v5 lite").flops == 197e12
+    assert device_of_kind("TPU v5p") is device_of_kind("TPU v5") is TPUS["v5p"]
+    assert device_of_kind("cpu") is None
 
 
 class Result:
