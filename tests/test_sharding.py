@@ -66,7 +66,7 @@ def test_the_compiled_steps_hold_neither_a_rows_logits_nor_a_whole_table(shape):
     step = TrainStep(config, ModelSettings(dtype="float32", loss_chunk=chunk), make_optimizer(OptimizerSettings(), 9), make_mesh(*shape))
     batch = {name: jax.ShapeDtypeStruct((1, rows, length), dtype, sharding=step.batch_sharding) for name, dtype in step.BATCH.items()}
     table = config.padded_vocab_size * config.hidden_size
-    for compiled in (step.compile(1, rows, length), step.validate.lower(step.params, batch).compile()):
+    for compiled in (step.compile(1, rows, length), step.validate.lower(step.frozen, step.trainable, batch).compile()):
         sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]
         assert max(sizes) == rows // shape[0] * chunk * config.padded_vocab_size // pieces  # a chunk's logits
         assert max(sizes) < min(table, length * config.padded_vocab_size)
