@@ -81,6 +81,8 @@ def train(
         # The data, whose codes are there or are made while training
         if encoder:
             encoder.skipped.list_in(run / (f"bad.{jax.process_index()}.jsonl" if jax.process_index() else "bad.jsonl"))
+            if held_out:
+                say("the validation clips are encoded first")
             held_out = encoder.held_out(held_out, pipeline["process"])
         data = OnlineBatches(encoder, sources, shape, **pipeline) if encoder else iter(batches(sources, shape, **pipeline))
 
