@@ -10,12 +10,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from slow_audio import SlowAudio
 from test_encode import CountingCodec
 from tiny_run import lines_of, losses, make_model, settings_for
 
+from llasa_jax import hosts
 from llasa_jax import train as train_module
 from llasa_jax.batching import BatchShape, Source, batches
 from llasa_jax.codec import load_codec
@@ -24,7 +26,7 @@ from llasa_jax.data.audio_sources import ManifestAudio
 from llasa_jax.data.builder import open_dataset
 from llasa_jax.data.doctor import doctor
 from llasa_jax.data.encode import encode
-from llasa_jax.data.online_cache import open_encoder
+from llasa_jax.data.online_cache import CodesCache, open_encoder
 from llasa_jax.data.records import codec_of, open_sources, open_utterances
 from llasa_jax.encoder import Encoder, PlannedClips, Skipped, share_gpu
 from llasa_jax.errors import UserError
@@ -257,6 +259,44 @@ def test_a_source_may_be_online_beside_one_that_is_not(manifest, offline, model,
         both = [Source(open_utterances(tmp_path / "codes", "train"), prompters[0], weight) for weight in (0.7, 0.3)]
         wanted = iter(batches(both, SHAPE, **OPTIONS))
         same([next(found) for _ in range(4)], [next(wanted) for _ in range(4)])
+
+
+def test_hosts_keep_journals_of_their_own_until_the_next_start(manifest, tmp_path, monkeypatch):
+    audio, codec = ManifestAudio(manifest), CountingCodec()
+    splits = {"train": audio.split("train")}
+    codes = codec.encode([audio.wave(i) for i in range(16)])
+    monkeypatch.setattr(hosts, "largest", int)
+
+    def open_on(host, count=2):
+        monkeypatch.setattr(jax, "process_index", lambda: host)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        return CodesCache(tmp_path / "cache", audio, splits, codec)
+
+    first, second = open_on(0), open_on(1)
+    first.put([(i, codes[i]) for i in range(9)])
+    second.put([(i, codes[i]) for i in range(8, 15)])
+    assert second.get(0) is None
+    for cache in (first, second):
+        cache.close()
+    first = open_on(0)
+    for i in range(15):
+        np.testing.assert_array_equal(first.get(i), codes[i])
+    assert first.get(15) is None
+    os.utime(audio.key(3)[0], ns=(1, 1))
+    assert first.get(3) is None
+    first.put([(3, codes[3])])
+    first.finish(set())
+    assert not (tmp_path / "cache").exists()
+    first.close()
+    alone = open_on(0, count=1)
+    with pytest.raises(UserError, match="in use"):
+        open_on(0, count=1)
+    alone.finish({15})
+    alone.close()
+    ids = {utterance.id: utterance.codes for utterance in open_utterances(tmp_path / "cache", "train")}
+    np.testing.assert_equal(ids, {audio.utterance(i).id: codes[i] for i in range(15)})
+    with pytest.raises(UserError, match="another codec than counting"):
+        CodesCache(tmp_path / "cache", audio, splits, CountingCodec(fingerprint="f2"))
 
 
 def test_a_shared_gpu_is_divided(monkeypatch):

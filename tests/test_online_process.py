@@ -72,3 +72,21 @@ def test_stopped_killed_and_gone_on_with(tmp_path):
 
 def losses_so_far(run):
     return losses(run) if (run / "metrics.jsonl").is_file() else {}
+
+
+def test_a_thread_inside_pytorch_does_not_spoil_the_end():
+    """Python's own end aborts the process, with status 134, when the thread comes back from PyTorch."""
+    program = """
+import sys, threading, time, torch
+from llasa_jax.leave import UNINTERRUPTIBLE, leave
+began = threading.Event()
+def work():
+    a = torch.eye(1000)
+    while True:
+        a = torch.tanh(a @ a)
+        began.set()
+threading.Thread(target=work, daemon=True, name=UNINTERRUPTIBLE).start()
+began.wait()
+sys.exit(leave(7))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 7
