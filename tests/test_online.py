@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from slow_audio import SlowAudio
 from test_encode import CountingCodec
 from tiny_run import lines_of, losses, make_model, settings_for
@@ -197,6 +198,25 @@ def test_what_ends_the_thread_ends_training_with_its_traceback(manifest, prompte
         online(encoder, clips, prompter, 1)
     assert "_work" in [entry.name for entry in caught.traceback]
     assert caught.traceback[-1].path == Path(__file__)
+
+
+def test_a_codec_out_of_memory_says_what_to_do(manifest, prompter):
+    class Small(CountingCodec):
+        def encode(self, waves):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    encoder, clips = encoder_of(ManifestAudio(manifest), Small())
+    with encoder, pytest.raises(UserError, match="raise data.online.gpu_memory"):
+        online(encoder, clips, prompter, 1)
+
+
+def test_devices_that_wait_are_advised(manifest, prompter):
+    encoder, clips = encoder_of(ManifestAudio(manifest))
+    with encoder:
+        made = OnlineBatches(encoder, [Source(clips, prompter)], SHAPE, **OPTIONS)
+        told = [made.advice(0.4) for _ in range(30)]
+        assert [*filter(None, told)] == [told[19]]
+        assert "wait 40% of the time for the encoder; it would help to set data.online.cache" in told[19]
 
 
 def test_the_queue_bounds_what_is_made(manifest, prompter):
