@@ -104,14 +104,18 @@ def train(
             alarm = LossAlarm(config.vocab_size)
             progress = Progress(metrics, throughput, alarm, schedule, settings.log.every, steps, data if encoder else None)
             while step < steps:
+                # The next batch goes to the devices while they are at the step before; only then must the hosts wait for each other.
+                place, placed = data.get_state(), None
                 with throughput.waiting(progress.computing):
                     failed = encoder is not None and not data.wait(lambda: stop.received)
-                # Before a batch is taken, so that the checkpoint's place in the data is that of the last step.
+                    if not failed and not stop.received:
+                        batch = next(data)
+                        placed = _place(batch, step_functions)
                 if stop.agreed(failed):
+                    data.set_state(place)
                     break
-                with throughput.waiting(progress.computing):
-                    batch = next(data)
-                    placed = _place(batch, step_functions)
+                if failed:
+                    next(data)  # raises what ended the thread
                 step += 1
                 profiler.before(step, params)
                 params, opt_state, numbers = step_functions.train(params, opt_state, placed)

@@ -319,6 +319,12 @@ def test_hosts_keep_journals_of_their_own_until_the_next_start(manifest, tmp_pat
         CodesCache(tmp_path / "cache", audio, splits, CountingCodec(fingerprint="f2"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("queue", 0), ("stall_seconds", 0.0), ("max_bad_share", 1.0), ("gpu_memory", -0.1)])
+def test_settings_that_cannot_work(model, tmp_path, name, value):
+    with pytest.raises(UserError, match=f"data.online.{name} "):
+        settings_for(model, tmp_path, data={"online": OnlineSettings(**{name: value})})
+
+
 def test_a_shared_gpu_is_divided(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     share_gpu(OnlineSettings(device="cpu"))
@@ -353,7 +359,7 @@ def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_
     real_place, count = train_module._place, iter(range(100))
 
     def place(*args):
-        if next(count) == 4:  # three steps, the validation after them, and one more
+        if next(count) == 5:  # three steps, the validation after them, one more, and the batch of another
             os.kill(os.getpid(), signal.SIGTERM)
         return real_place(*args)
 
