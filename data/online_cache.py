@@ -47,6 +47,8 @@ class CodesCache:
             self._shared = sqlite3.connect(f"file:{self._partial / JOURNAL}?mode=ro&immutable=1", uri=True, check_same_thread=False)
         name = f"{Path(JOURNAL).stem}.{jax.process_index()}.sqlite" if self._several else JOURNAL
         self._own = open_journal(self._partial, name)
+        # A power cut may cost the last codes, never the journal; without it, every few clips would wait for the disk.
+        self._own.execute("PRAGMA synchronous=NORMAL")
 
     def get(self, index: int) -> np.ndarray | None:
         clip, key = self._audio.utterance(index).id, (*self._audio.key(index), self._codec.fingerprint)

@@ -20,6 +20,7 @@ from llasa_jax.prompts import Utterance
 from llasa_jax.readers import AudioSource, Key, Readers
 from llasa_jax.settings import OnlineSettings
 
+SHOWN = 20  # bad clips told on the terminal
 ENOUGH = 1000  # clips, or all if they are fewer, before a share of bad ones says anything
 READING = "reading the audio "
 T = TypeVar("T")
@@ -61,7 +62,9 @@ class Skipped:
             self._reasons[key] = reason
             self._lines.append({"id": clip_id, "audio": audio, "reason": reason})
             self._write()
-        warnings.warn(f"the clip {clip_id!r} is skipped: {reason}", stacklevel=2)
+        if len(self) <= SHOWN:
+            more = "" if len(self) < SHOWN else " (others that follow are only listed in the run's bad.jsonl)"
+            warnings.warn(f"the clip {clip_id!r} is skipped: {reason}{more}", stacklevel=2)
 
     def list_in(self, path: Path) -> None:
         with self._lock:
@@ -286,7 +289,15 @@ class Encoder:
     def _encode(self, keys: list[Key], waves: list[np.ndarray]) -> list[np.ndarray]:
         seconds = sum(map(len, waves)) / SAMPLE_RATE
         self.doing = f"encoding {len(keys)} clips, {seconds:.0f} s of audio"
-        codes = self.codec.encode(waves)
+        try:
+            codes = self.codec.encode(waves)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise UserError(
+                f"the codec ran out of memory on {self.settings.device}, {self.doing}; raise data.online.gpu_memory "
+                f"(it is {self.settings.gpu_memory}), or name another data.online.device"
+            ) from error
         self.encoded_seconds += seconds
         for number, cache in enumerate(self._caches):
             if cache:

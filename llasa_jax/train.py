@@ -90,6 +90,8 @@ def train(
         # The data, whose codes are there or are made while training
         if encoder:
             encoder.skipped.list_in(run / (f"bad.{jax.process_index()}.jsonl" if jax.process_index() else "bad.jsonl"))
+            if held_out:
+                say("the validation clips are encoded first")
             held_out = encoder.held_out(held_out, pipeline["process"])
         data = OnlineBatches(encoder, sources, shape, **pipeline) if encoder else iter(batches(sources, shape, **pipeline))
 
@@ -114,13 +116,18 @@ def train(
             alarm = LossAlarm(config.vocab_size)
             progress = Progress(metrics, throughput, alarm, schedule, settings.log.every, steps, data if encoder else None)
             while step < steps:
+                # The next batch goes to the devices while they are at the step before; only then must the hosts wait for each other.
+                place, placed = data.get_state(), None
                 with throughput.waiting(progress.computing):
-                    failed = encoder and not data.wait(lambda: stop.received)
-                    # Before a batch is taken, so that the checkpoint's place in the data is that of the last step.
-                    if stop.agreed(failed):
-                        break
-                    batch = next(data)
-                    placed = _place(batch, step_functions)
+                    failed = encoder is not None and not data.wait(lambda: stop.received)
+                    if not failed and not stop.received:
+                        batch = next(data)
+                        placed = _place(batch, step_functions)
+                if stop.agreed(failed):
+                    data.set_state(place)
+                    break
+                if failed:
+                    next(data)  # raises what ended the thread
                 step += 1
                 profiler.before(step, trainable)
                 trainable, opt_state, numbers = step_functions.train(frozen, trainable, opt_state, placed)

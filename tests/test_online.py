@@ -1,5 +1,6 @@
 """Online is offline, to the bit: the same rows of the same codes, whatever is slow, bad, dead, killed or resumed."""
 
+import io
 import json
 import os
 import shutil
@@ -9,25 +10,31 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import torch
 from slow_audio import SlowAudio
 from test_encode import CountingCodec
 from tiny_run import lines_of, losses, make_model, settings_for
 
+from llasa_jax import hosts
 from llasa_jax import train as train_module
 from llasa_jax.batching import BatchShape, Source, batches
 from llasa_jax.codec import load_codec
+from llasa_jax.data import builder
 from llasa_jax.data.audio_sources import ManifestAudio
 from llasa_jax.data.builder import open_dataset
+from llasa_jax.data.doctor import doctor
 from llasa_jax.data.encode import encode
-from llasa_jax.data.online_cache import open_encoder
+from llasa_jax.data.online_cache import CodesCache, open_encoder
 from llasa_jax.data.records import codec_of, open_sources, open_utterances
-from llasa_jax.encoder import Encoder, PlannedClips, Skipped
+from llasa_jax.encoder import Encoder, PlannedClips, Skipped, share_gpu
 from llasa_jax.errors import UserError
 from llasa_jax.online import OnlineBatches
+from llasa_jax.preview import preview
 from llasa_jax.prompts import Prompter
-from llasa_jax.settings import OnlineSettings
+from llasa_jax.settings import OnlineSettings, SourceSettings
 from llasa_jax.tiny import make_tiny_codec
 from llasa_jax.tiny_llama import make_tiny_tokenizer
 from llasa_jax.train import train
@@ -40,6 +47,16 @@ OPTIONS = {"seed": 3, "too_long": "drop", "process": (0, 1)}
 @pytest.fixture(scope="module")
 def prompter():
     return Prompter(make_tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def codec_folder(tmp_path_factory):
+    return make_tiny_codec(tmp_path_factory.mktemp("codecs") / "tiny")
 
 
 @pytest.fixture
@@ -183,6 +200,25 @@ def test_what_ends_the_thread_ends_training_with_its_traceback(manifest, prompte
     assert caught.traceback[-1].path == Path(__file__)
 
 
+def test_a_codec_out_of_memory_says_what_to_do(manifest, prompter):
+    class Small(CountingCodec):
+        def encode(self, waves):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    encoder, clips = encoder_of(ManifestAudio(manifest), Small())
+    with encoder, pytest.raises(UserError, match="raise data.online.gpu_memory"):
+        online(encoder, clips, prompter, 1)
+
+
+def test_devices_that_wait_are_advised(manifest, prompter):
+    encoder, clips = encoder_of(ManifestAudio(manifest))
+    with encoder:
+        made = OnlineBatches(encoder, [Source(clips, prompter)], SHAPE, **OPTIONS)
+        told = [made.advice(0.4) for _ in range(30)]
+        assert [*filter(None, told)] == [told[19]]
+        assert "wait 40% of the time for the encoder; it would help to set data.online.cache" in told[19]
+
+
 def test_the_queue_bounds_what_is_made(manifest, prompter):
     codec = CountingCodec()
     encoder, clips = encoder_of(ManifestAudio(manifest), codec, queue=1)
@@ -196,17 +232,110 @@ def test_the_queue_bounds_what_is_made(manifest, prompter):
         assert made.numbers()["queue_depth"] == 1
 
 
+def test_the_order_is_that_of_records_in_many_files(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "RECORDS_A_FILE", 5)
+    encode(manifest, tmp_path / "codes", CountingCodec(), validation_share=0.3)
+    assert len(list((tmp_path / "codes").glob("*train.array_record*"))) > 1
+    audio = ManifestAudio(manifest, validation_share=0.3)
+    for split in ("train", "validation"):
+        ids = [utterance.id for utterance in open_utterances(tmp_path / "codes", split)]
+        assert [audio.utterance(i).id for i in audio.split(split)] == ids
+    with pytest.raises(UserError, match="no split 'test', it has train, validation"):
+        audio.split("test")
+    with pytest.raises(UserError, match="set data.online.validation_share"):
+        ManifestAudio(manifest).split("validation")
+
+
+def test_doctor_and_preview(manifest, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("llasa_jax.preview.load_codec", lambda *_: CountingCodec())
+    data = {"path": str(manifest), "mode": "online", "max_length": 512}
+    settings = settings_for(model, tmp_path / "run", data=data)
+    assert [str(finding) for finding in doctor(settings) if "16 headers" in finding.message and finding.severity == "ok"]
+    shown = io.StringIO()
+    preview(settings, open_sources(settings.sources, settings.data.online)[0], 2, as_json=True, out=shown)
+    encode(manifest, tmp_path / "codes", CountingCodec())
+    offline = settings_for(model, tmp_path / "run", data={"path": str(tmp_path / "codes"), "max_length": 512})
+    wanted = io.StringIO()
+    preview(offline, open_sources(offline.sources)[0], 2, as_json=True, out=wanted)
+    assert shown.getvalue().count("\n") == 2
+    assert shown.getvalue() == wanted.getvalue()
+    Path(ManifestAudio(manifest).key(3)[0]).write_bytes(b"")
+    with pytest.warns(UserWarning, match="0 bytes"):
+        assert [f for f in doctor(settings) if f.check == "audio"][0].severity == "bad"
+
+
+def test_a_source_may_be_online_beside_one_that_is_not(manifest, offline, model, tmp_path):
+    offline(1)
+    listed = [SourceSettings(str(manifest), mode="online", weight=0.7), SourceSettings(str(tmp_path / "codes"), weight=0.3)]
+    settings = settings_for(model, tmp_path / "run", data={"path": "", "sources": listed, "online": OnlineSettings(torch_threads=1)})
+    records, validation = open_sources(settings.sources, settings.data.online)
+    prompters = [Prompter(make_tiny_tokenizer())] * 2
+    codec = CountingCodec()
+    assert codec_of(settings.sources, codec)["fingerprint"] == "f1"
+    with pytest.raises(UserError, match="encode both with the same codec"):
+        codec_of(settings.sources, CountingCodec(fingerprint="f2"))
+    with open_encoder(settings, records, validation, codec) as encoder:
+        found = OnlineBatches(encoder, list(map(Source, records, prompters, (0.7, 0.3))), SHAPE, **OPTIONS)
+        both = [Source(open_utterances(tmp_path / "codes", "train"), prompters[0], weight) for weight in (0.7, 0.3)]
+        wanted = iter(batches(both, SHAPE, **OPTIONS))
+        same([next(found) for _ in range(4)], [next(wanted) for _ in range(4)])
+
+
+def test_hosts_keep_journals_of_their_own_until_the_next_start(manifest, tmp_path, monkeypatch):
+    audio, codec = ManifestAudio(manifest), CountingCodec()
+    splits = {"train": audio.split("train")}
+    codes = codec.encode([audio.wave(i) for i in range(16)])
+    monkeypatch.setattr(hosts, "largest", int)
+
+    def open_on(host, count=2):
+        monkeypatch.setattr(jax, "process_index", lambda: host)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        return CodesCache(tmp_path / "cache", audio, splits, codec)
+
+    first, second = open_on(0), open_on(1)
+    first.put([(i, codes[i]) for i in range(9)])
+    second.put([(i, codes[i]) for i in range(8, 15)])
+    assert second.get(0) is None
+    for cache in (first, second):
+        cache.close()
+    first = open_on(0)
+    for i in range(15):
+        np.testing.assert_array_equal(first.get(i), codes[i])
+    assert first.get(15) is None
+    os.utime(audio.key(3)[0], ns=(1, 1))
+    assert first.get(3) is None
+    first.put([(3, codes[3])])
+    first.finish(set())
+    assert not (tmp_path / "cache").exists()
+    first.close()
+    alone = open_on(0, count=1)
+    with pytest.raises(UserError, match="in use"):
+        open_on(0, count=1)
+    alone.finish({15})
+    alone.close()
+    ids = {utterance.id: utterance.codes for utterance in open_utterances(tmp_path / "cache", "train")}
+    np.testing.assert_equal(ids, {audio.utterance(i).id: codes[i] for i in range(15)})
+    with pytest.raises(UserError, match="another codec than counting"):
+        CodesCache(tmp_path / "cache", audio, splits, CountingCodec(fingerprint="f2"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("queue", 0), ("stall_seconds", 0.0), ("max_bad_share", 1.0), ("gpu_memory", -0.1)])
+def test_settings_that_cannot_work(model, tmp_path, name, value):
+    with pytest.raises(UserError, match=f"data.online.{name} "):
+        settings_for(model, tmp_path, data={"online": OnlineSettings(**{name: value})})
+
+
+def test_a_shared_gpu_is_divided(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    share_gpu(OnlineSettings(device="cpu"))
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    share_gpu(OnlineSettings(device="cuda:0", gpu_memory=0.3))
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.65"
+
+
 # Training
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def codec_folder(tmp_path_factory):
-    return make_tiny_codec(tmp_path_factory.mktemp("codecs") / "tiny")
 
 
 def opened(model, out, manifest, codec, cache, **changes):
@@ -230,7 +359,7 @@ def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_
     real_place, count = train_module._place, iter(range(100))
 
     def place(*args):
-        if next(count) == 4:  # three steps, the validation after them, and one more
+        if next(count) == 5:  # three steps, the validation after them, one more, and the batch of another
             os.kill(os.getpid(), signal.SIGTERM)
         return real_place(*args)
 
