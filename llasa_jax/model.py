@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llasa_jax.attention import attend, cache_mask, xla_attention
 from llasa_jax.config import ModelConfig, RopeScaling
@@ -31,8 +32,14 @@ LAYER_AXES = {
 }
 TABLE_AXES = "VD"
 
-Remat = Literal["none", "dots", "full"]
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+Remat = Literal["none", "dots", "full", "offload"]
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"
+    ),
+}
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -132,7 +139,8 @@ class Llama(nnx.Module):
     """`LlamaForCausalLM`. Weights are kept in `param_dtype`, the arithmetic is done in `dtype`.
 
     `remat` "full" recomputes each layer in the backward pass, so that only its input is kept; "dots" keeps the results of products with
-    weights as well; "none" keeps everything. `attention` maps q [B, T, N, H], k and v [B, T, K, H] and segment ids [B, T] to [B, T, N, H].
+    weights as well; "none" keeps everything; "offload" is "full" with those inputs in the host's memory. `attention` maps q [B, T, N, H],
+    k and v [B, T, K, H] and segment ids [B, T] to [B, T, N, H].
     """
 
     def __init__(
@@ -167,6 +175,7 @@ class Llama(nnx.Module):
         rope = self._rope(positions_BT)
 
         def layer_step(x, weights):
+            x = checkpoint_name(x, "layer_input")
             return self._layer(x, weights, rope, lambda q, k, v: self.attention(q, k, v, segment_ids_BT)), None
 
         if self.remat != "none":

@@ -14,6 +14,7 @@ from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.errors import UserError
 from llasa_jax.metrics import Metrics
+from llasa_jax.offload import check_host_memory
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.profiler import Profiler
 from llasa_jax.progress import Progress, say
@@ -66,7 +67,9 @@ def train(
     profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
-    step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids)
+    check_host_memory(settings, mesh)
+    optimizer = make_optimizer(settings.optimizer, steps)
+    step_functions = TrainStep(config, settings.model, optimizer, mesh, code_ids, offload=settings.optimizer.offload)
     pipeline["process"] = (jax.process_index(), jax.process_count())
 
     with run_folder.claimed(run, settings, codec):

@@ -10,6 +10,7 @@ from llasa_jax.attention import choose_attention
 from llasa_jax.config import ModelConfig
 from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model import Llama
+from llasa_jax.offload import place_state
 from llasa_jax.settings import ModelSettings
 from llasa_jax.sharding import ROWS, MeshLayout, abstract_params
 
@@ -18,7 +19,8 @@ class TrainStep:
     """The compiled train and validation steps of one model on one mesh.
 
     A batch is a dict of arrays [accumulation, rows, length] as `batching.batches` makes them, sharded as `batch_sharding`. `code_ids` are
-    the ids of the speech codes, whose share and accuracy are counted.
+    the ids of the speech codes, whose share and accuracy are counted. `offload` keeps the optimizer's state on the host, for an optimizer
+    made with that setting.
     """
 
     BATCH = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_mask": jnp.bool_}
@@ -30,8 +32,10 @@ class TrainStep:
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
         code_ids: range = range(0),
+        offload: bool = False,
     ):
-        self.config, self.settings, self.optimizer, self.mesh, self.code_ids = config, settings, optimizer, mesh, code_ids
+        self.config, self.settings, self.mesh, self.code_ids = config, settings, mesh, code_ids
+        self.optimizer = optax.with_extra_args_support(optimizer)
         options = {
             "dtype": jnp.dtype(settings.dtype),
             "remat": settings.remat,
@@ -43,7 +47,7 @@ class TrainStep:
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
         self.params = abstract_params(config, mesh, jnp.dtype(settings.param_dtype))
-        self.opt_state = self._abstract_opt_state()
+        self.opt_state = place_state(jax.eval_shape(optimizer.init, self.params), self.params, offload=offload)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.params, self.opt_state))
         self.init = jax.jit(optimizer.init, out_shardings=shardings[1])
         self.train = jax.jit(self._train, donate_argnums=(0, 1), out_shardings=(*shardings, self.replicated))
@@ -59,21 +63,6 @@ class TrainStep:
             lowering_platforms=("cuda" if platform == "gpu" else platform,)
         )
         return lowered.compile()
-
-    def _abstract_opt_state(self):
-        """The optimizer's state as shapes: moments lie where their parameters lie, counters and factored moments everywhere."""
-        state = jax.eval_shape(self.optimizer.init, self.params)
-
-        def place(leaf, sharding):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return optax.tree_utils.tree_map_params(
-            self.optimizer,
-            lambda leaf, param: place(leaf, param.sharding if leaf.shape == param.shape else self.replicated),
-            state,
-            self.params,
-            transform_non_params=lambda leaf: place(leaf, self.replicated),
-        )
 
     def _hidden(self, params, micro_batch):
         """The rows of one micro-batch [rows, length], their hidden states and the output table."""
@@ -125,7 +114,8 @@ class TrainStep:
         else:
             zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
             (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, batch)
-        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.params)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params, shardings=shardings)
         real = batch["segment_ids"] > 0
         metrics = {
             "loss": loss,
