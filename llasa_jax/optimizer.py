@@ -18,7 +18,7 @@ def learning_rate_schedule(settings: OptimizerSettings, steps: int) -> optax.Sch
     warmup = ceil(settings.warmup_ratio * steps)
     peak = settings.learning_rate
     if settings.schedule == "constant":
-        return optax.schedules.warmup_constant_schedule(0.0, peak, warmup)
+        return optax.schedules.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup)
     if settings.schedule == "deepspeed":
         return lambda step: peak * _warmup_cosine_lr(step, max(2, warmup), steps)
     return optax.schedules.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1))

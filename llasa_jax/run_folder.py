@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "log",
     "profile",
     "data.doctor",
+    "model.remat",
+    "optimizer.offload",
     "train.save_every",
     "train.keep",
     "train.validate_every",

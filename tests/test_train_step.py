@@ -5,14 +5,16 @@ import math
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 from reference import config_of, hf_llama, our_tree, params_of
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
-from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
+from llasa_jax.offload import place_state
+from llasa_jax.optimizer import SCALES, learning_rate_schedule, make_optimizer
 from llasa_jax.settings import ModelSettings, OptimizerSettings
-from llasa_jax.sharding import make_mesh, parameter_shardings
+from llasa_jax.sharding import abstract_params, make_mesh, parameter_shardings
 from llasa_jax.train_step import TrainStep
 
 STEPS, ACCUMULATION, ROWS, LENGTH = 20, 2, 8, 64
@@ -112,7 +114,7 @@ def test_state_lies_with_its_parameters():
     assert set(sizes) == {0.25}
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
+@pytest.mark.parametrize("remat", ["full", "offload"])
 def test_remat_changes_nothing(remat):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     plain, _ = train(hf_llama(), mesh, steps=3, remat="none")
@@ -132,53 +134,63 @@ def test_offload_keeps_the_layers_inputs_on_the_host():
     assert kept["offload"] > 0
 
 
-def six_losses(mesh, **optimizer):
-    """On one batch; and the optimizer's state after."""
-    settings = dataclasses.replace(OPTIMIZER, **optimizer)
-    config = config_of(hf_llama())
-    made = make_optimizer(settings, STEPS)
-    functions = TrainStep(config, ModelSettings(dtype="float32", loss_chunk=16), made, mesh, offload=settings.offload)
-    params = jax.device_put(params_of(hf_llama()), parameter_shardings(config, mesh))
-    opt_state, batch = functions.init(params), jax.device_put(next(make_batches()), functions.batch_sharding)
-    losses = []
-    for _ in range(6):
-        params, opt_state, metrics = functions.train(params, opt_state, batch)
-        losses.append(float(metrics["loss"]))
-    return losses, opt_state
+def five_updates(mesh, **changes):
+    """The sum of five updates for the same random gradients on any mesh, and the optimizer's state after."""
+    settings = dataclasses.replace(OPTIMIZER, warmup_ratio=0.0, **changes)
+    optimizer = optax.with_extra_args_support(make_optimizer(settings, STEPS))
+    params = abstract_params(config_of(hf_llama()), mesh, np.float32)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    state_shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, place_state(jax.eval_shape(optimizer.init, params), params, offload=settings.offload)
+    )
+    rng = np.random.default_rng(0)
+    ones = jax.device_put(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params), shardings)
+    state = jax.jit(optimizer.init, out_shardings=state_shardings)(ones)
+    update = jax.jit(
+        lambda grads, state: optimizer.update(grads, state, ones, shardings=shardings), out_shardings=(shardings, state_shardings)
+    )
+    total = jax.tree.map(np.zeros_like, ones)
+    for _ in range(5):
+        grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
+        updates, state = update(jax.device_put(grads, shardings), state)
+        total = jax.tree.map(np.add, total, jax.device_get(updates))
+    return total, state
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adagrad", "lion", "sgd"])
-def test_optimizers_learn_alike_on_every_mesh(name):
-    one, _ = six_losses(make_mesh(1, 1, 1, devices=jax.devices()[:1]), name=name)
-    many, state = six_losses(make_mesh(2, 2, 2), name=name)
-    np.testing.assert_allclose(many, one, rtol=1e-4)
-    assert one[-1] < one[0] - 0.01
+def close(ours, theirs, **tolerance):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), **tolerance), ours, theirs)
+
+
+@pytest.mark.parametrize("name", sorted(SCALES))
+def test_every_optimizer_is_the_same_on_every_mesh(name):
+    one, _ = five_updates(make_mesh(1, 1, 1, devices=jax.devices()[:1]), name=name)
+    many, state = five_updates(make_mesh(2, 2, 2), name=name)
+    # Float32 sums in another order; Lion's signs may turn where an interpolated gradient is nothing but that.
+    close(many, one, rtol=1e-4, atol=1e-7)
     if name != "adafactor":
         assert {x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(state) if x.ndim > 2} == {0.25}
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("name", sorted({*SCALES} - {"adafactor"}))
 def test_state_on_the_host_changes_nothing(name):
-    mesh = make_mesh(2, 2, 2)
-    on_device, expected = six_losses(mesh, name=name)
-    on_host, state = six_losses(mesh, name=name, offload=True)
-    # The compiler orders the same arithmetic otherwise.
-    np.testing.assert_allclose(on_host, on_device, rtol=1e-5)
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    on_device, expected = five_updates(make_mesh(2, 2, 2), name=name)
+    on_host, state = five_updates(make_mesh(2, 2, 2), name=name, offload=True)
+    # The same arithmetic, which the compiler fuses otherwise.
+    close(on_host, on_device, rtol=1e-5, atol=1e-8)
+    close(state, expected, rtol=1e-5, atol=1e-8)
     for mine, its in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert mine.sharding.memory_kind == ("pinned_host" if mine.ndim else "device")
         assert mine.sharding.spec == its.sharding.spec
-        np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-6)
 
 
-def test_state_in_bfloat16_learns_alike():
-    mesh = make_mesh()
-    full, _ = six_losses(mesh)
-    half, state = six_losses(mesh, state_dtype="bfloat16")
+def test_state_in_bfloat16():
+    full, _ = five_updates(make_mesh())
+    half, state = five_updates(make_mesh(), state_dtype="bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(state) if x.ndim} == {"bfloat16"}
-    # Moments rounded to 8 bits turn a step by some 1/256 of itself, and the loss falls by a nat in all.
-    np.testing.assert_allclose(half, full, atol=0.01)
-    assert half != full
+    # Five steps of about the learning rate, each of moments rounded to one part in 256.
+    close(half, full, atol=5 * OPTIMIZER.learning_rate * 0.03)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
@@ -190,7 +202,7 @@ def test_plainer_optimizers_equal_torch(name):
         if name == "sgd"
         else torch.optim.Adagrad([weight], settings.learning_rate, eps=settings.eps)
     )
-    params = {"embed": jax.numpy.asarray(weight.detach().numpy())}
+    params = {"embed": jax.numpy.array(weight.detach().numpy())}
     ours = make_optimizer(settings, STEPS)
     state = ours.init(params)
     for _ in range(5):
