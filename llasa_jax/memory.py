@@ -7,29 +7,34 @@ import jax
 
 from llasa_jax.config import ModelConfig
 from llasa_jax.errors import UserError
+from llasa_jax.offload import HOST
 from llasa_jax.settings import Settings
 
 GIB = 2**30
 
 
-def held_gib(config: ModelConfig, settings: Settings, step) -> dict[str, float]:
-    """GiB a device of what stays through a step's backward pass, from the shapes and shardings of a `TrainStep`."""
+def held_gib(config: ModelConfig, settings: Settings, step) -> tuple[dict[str, float], float]:
+    """GiB a device of what stays through a step's backward pass, from the shapes and shardings of a `TrainStep`; and GiB on the host."""
 
-    def gib(tree) -> float:
-        return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / GIB
+    def gib(tree, on_host=False) -> float:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == on_host]
+        return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / GIB
 
     tensor = step.mesh.shape["tensor"]
     rows = settings.train.rows / (step.mesh.shape["data"] * step.mesh.shape["fsdp"])
     elements = rows * settings.data.max_length * config.num_hidden_layers
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     products = 2 * config.hidden_size + (heads + 3 * config.intermediate_size) / tensor
-    widths = config.hidden_size + {"full": 0, "dots": products, "none": 2.5 * products}[settings.model.remat]
-    return {
+    inputs, besides = config.hidden_size, {"dots": products, "none": 2.5 * products}
+    activation = elements * (2 if settings.model.dtype == "bfloat16" else 4) / GIB
+    offloads = settings.model.remat == "offload"
+    held = {
         "parameters": gib((step.frozen, step.trainable)),
         "optimizer state": gib(step.opt_state),
         "gradients": gib(step.trainable) * (2 if settings.train.accumulation > 1 else 1),
-        "activations kept for the backward pass": elements * widths * (2 if settings.model.dtype == "bfloat16" else 4) / GIB,
+        "activations kept for the backward pass": 0.0 if offloads else activation * (inputs + besides.get(settings.model.remat, 0)),
     }
+    return held, gib(step.opt_state, on_host=True) + (activation * inputs if offloads else 0.0)
 
 
 def working_gib(config: ModelConfig, settings: Settings, mesh) -> float:
@@ -49,12 +54,16 @@ def working_gib(config: ModelConfig, settings: Settings, mesh) -> float:
 def advice(settings: Settings) -> str:
     """The two or three settings that would help most, as a sentence's end."""
     ideas = []
-    if settings.model.remat != "full":
+    if settings.model.remat in ("none", "dots"):
         ideas.append("model.remat=full")
     if settings.train.rows > 1:
         ideas.append(f"train.rows={settings.train.rows // 2} with train.accumulation={settings.train.accumulation * 2} (the same batch)")
     if settings.mesh.data != 1:
         ideas.append("mesh.data=1 with mesh.fsdp=-1 (weights and optimizer split over all devices)")
+    if settings.optimizer.name != "adafactor" and not settings.optimizer.offload:
+        ideas.append("optimizer.offload=true (its state in the host's memory)")
+    if settings.optimizer.state_dtype == "float32":
+        ideas.append("optimizer.state_dtype=bfloat16")
     if settings.model.loss_chunk > 64:
         ideas.append(f"model.loss_chunk={settings.model.loss_chunk // 2}")
     ideas.append("more devices")

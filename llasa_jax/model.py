@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llasa_jax.attention import attend, cache_mask, xla_attention
 from llasa_jax.config import AdapterConfig, ModelConfig, RopeScaling
@@ -35,8 +36,14 @@ TABLE_AXES = "VD"
 # The letters that a weight's product sums over; the others are those of its result.
 INPUTS = {"q": "D", "k": "D", "v": "D", "o": "NH", "gate": "D", "up": "D", "down": "F", "embed": "V", "head": "D"}
 
-Remat = Literal["none", "dots", "full"]
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+Remat = Literal["none", "dots", "full", "offload"]
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"
+    ),
+}
 
 
 def sizes(config: ModelConfig, adapters: AdapterConfig | None = None) -> dict[str, int]:
@@ -157,7 +164,8 @@ class Llama(nnx.Module):
     """`LlamaForCausalLM`. Weights are kept in `param_dtype`, the arithmetic is done in `dtype`.
 
     `remat` "full" recomputes each layer in the backward pass, so that only its input is kept; "dots" keeps the results of products with
-    weights as well; "none" keeps everything. `attention` maps q [B, T, N, H], k and v [B, T, K, H] and segment ids [B, T] to [B, T, N, H].
+    weights as well; "none" keeps everything; "offload" is "full" with those inputs in the host's memory. `attention` maps q [B, T, N, H],
+    k and v [B, T, K, H] and segment ids [B, T] to [B, T, N, H].
     With `adapters` it is PEFT's `LoraModel` around that: no adapter is ever multiplied out.
     """
 
@@ -203,6 +211,7 @@ class Llama(nnx.Module):
 
         def layer_step(x, layer):
             weights, key = layer
+            x = checkpoint_name(x, "layer_input")
             return self._layer(x, weights, rope, lambda q, k, v: self.attention(q, k, v, segment_ids_BT), key), None
 
         if self.remat != "none":

@@ -23,6 +23,7 @@ from llasa_jax.flops import StepShape, model_flops, step_seconds
 from llasa_jax.hardware import GPUS, Device, device_of_kind, known_topologies, parse_topology
 from llasa_jax.lora import MODULES, adapter_config
 from llasa_jax.memory import advice, held_gib, is_out_of_memory, working_gib
+from llasa_jax.offload import check_host_memory
 from llasa_jax.optimizer import make_optimizer
 from llasa_jax.settings import Settings
 from llasa_jax.sharding import make_mesh, mesh_sizes
@@ -49,7 +50,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step needs on one machine. Sizes are GiB a device; `memory_gib` says what the peak is made of."""
+    """What one step needs on one machine. Sizes are GiB a device; `memory_gib` says what the peak is made of, `host_gib` what the
+    settings that offload keep in the host's memory besides."""
 
     topology: str
     device_count: int
@@ -59,6 +61,7 @@ class Plan:
     fits: bool
     peak_hbm_gib: float
     hbm_gib: float | None
+    host_gib: float
     memory_gib: dict[str, float]
     tokens_per_step: int
     model_flops_per_step: float
@@ -101,11 +104,14 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         raise UserError(f"train.rows={rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
     # What is only estimated has no platform to choose an attention for.
     model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
+    if not estimated:
+        check_host_memory(settings, mesh)
     optimizer, lora = make_optimizer(settings.optimizer, 1000), settings.lora
     # A plan has no tokenizer: what rows of single tokens take is next to nothing.
     adapters = adapter_config(dataclasses.replace(lora, train_also=[name for name in lora.train_also if name in MODULES]), config, {})
-    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, frozen_dtype=lora.frozen_dtype, quantization=lora.quantize)
-    held = held_gib(config, settings, step)
+    kept = {"frozen_dtype": lora.frozen_dtype, "quantization": lora.quantize, "offload": settings.optimizer.offload}
+    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, **kept)
+    held, on_host = held_gib(config, settings, step)
     if estimated:
         peak = sum(held.values()) + working_gib(config, settings, mesh)
         fits = peak < device.memory
@@ -123,6 +129,7 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         fits=fits,
         peak_hbm_gib=round(peak, 4),
         hbm_gib=device and device.memory,
+        host_gib=round(on_host, 4),
         memory_gib={name: round(size, 4) for name, size in (held | {"working memory": max(0.0, peak - sum(held.values()))}).items()},
         tokens_per_step=shape.tokens,
         model_flops_per_step=model_flops(config, shape),
@@ -233,7 +240,8 @@ def _compiled_peak(step: TrainStep, accumulation: int, rows: int, length: int) -
             raise
         sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
         return max(map(float, sizes), default=0.0), False
-    return analysis.peak_memory_in_bytes / 2**30, True
+    # XLA's peak counts what lies on the host too.
+    return (analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes - analysis.host_temp_size_in_bytes) / 2**30, True
 
 
 def describe(plan_: Plan, settings: Settings) -> str:
@@ -246,6 +254,7 @@ def describe(plan_: Plan, settings: Settings) -> str:
         f"{plan_.rows_per_device:g} rows a device; {how}",
         f"peak memory a device: {'' if plan_.fits else 'at least '}{plan_.peak_hbm_gib:.2f}{of} GiB",
         *(f"  {size:6.2f}  {name}" for name, size in plan_.memory_gib.items()),
+        *([f"host memory a device: {plan_.host_gib:.2f} GiB; its way to and fro is not in the times below"] if plan_.host_gib else []),
         f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs",
     ]
     if plan_.step_seconds:

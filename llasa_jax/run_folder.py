@@ -26,6 +26,8 @@ MAY_CHANGE = (
     "data.doctor",
     *(f"data.online.{name}" for name in ("device", "queue", "workers", "read_ahead", "cache", "max_bad_share", "stall_seconds")),
     *("data.online.torch_threads", "data.online.gpu_memory"),
+    "model.remat",
+    "optimizer.offload",
     "train.save_every",
     "train.keep",
     "train.validate_every",

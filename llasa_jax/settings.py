@@ -19,15 +19,15 @@ class ModelSettings:
     """`path`: a folder that `import-hf` made. Arithmetic in `dtype` over weights kept in `param_dtype`.
 
     `attention` "auto" is splash (Pallas) on TPUs, triton (Pallas) on GPUs and xla elsewhere; none lets a clip see its neighbour. `remat`
-    "full" recomputes layers in the backward pass to save memory, "dots" all but the products with weights; `loss_chunk` is how many
-    tokens of each row the loss takes at a time.
+    "full" recomputes layers in the backward pass to save memory, "dots" all but the products with weights; "offload" is "full" with what
+    is kept, each layer's input, in the host's memory. `loss_chunk` is how many tokens of each row the loss takes at a time.
     """
 
     path: str = ""
     dtype: Dtype = "bfloat16"
     param_dtype: Dtype = "float32"
     attention: Literal["auto", "xla", "splash", "triton"] = "auto"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "full", "offload"] = "full"
     loss_chunk: int = 256
 
 
@@ -138,12 +138,15 @@ class OptimizerSettings:
     """`schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the warm-up; "deepspeed" is
     DeepSpeed's WarmupCosineLR as upstream sets it: logarithmic warm-up from 3% of the peak, cosine down to 10% of it.
 
-    `name` "adafactor" has factored second moments and no first: next to no memory, where AdamW keeps two more copies of the weights.
+    `name`: AdamW keeps two more copies of the weights in memory; "lion", "sgd" (with momentum `beta1`) and "adagrad" one; "adafactor" has
+    factored second moments and no first: next to nothing. Lion wants a third of AdamW's `learning_rate` or less, SGD and Adagrad far more.
+    `state_dtype` bfloat16 halves those copies, which lose what is under 1/256 of them; the arithmetic is in float32 all the same.
+    `offload` keeps them in the host's memory, from where they stream through the device during the update.
     Weight decay leaves out the norms, as HF's Trainer does; `decay_norms` takes them in, as DeepSpeed does. `clip` bounds the
     gradient's global norm; 0 turns that off.
     """
 
-    name: Literal["adamw", "adafactor"] = "adamw"
+    name: Literal["adamw", "adafactor", "adagrad", "lion", "sgd"] = "adamw"
     learning_rate: float = 1e-5
     schedule: Literal["cosine", "constant", "deepspeed"] = "cosine"
     warmup_ratio: float = 0.03
@@ -153,6 +156,8 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     decay_norms: bool = False
     clip: float = 1.0
+    state_dtype: Dtype = "float32"
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,8 @@ class Settings:
             raise UserError(
                 f"model.loss_chunk={self.model.loss_chunk} does not divide data.max_length={self.data.max_length}; choose a divisor"
             )
+        if self.optimizer.offload and self.optimizer.name == "adafactor":
+            raise UserError("optimizer.offload has nothing to move for adafactor, whose state is small; leave it out")
         train, log = self.train, self.log
         positive = {f"train.{name}": getattr(train, name) for name in ("rows", "accumulation", "keep", "save_every", "validate_every")}
         for name, value in (positive | {"log.every": log.every, "log.samples_every": log.samples_every}).items():

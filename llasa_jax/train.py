@@ -16,6 +16,7 @@ from llasa_jax.encoder import Encoder
 from llasa_jax.errors import UserError
 from llasa_jax.lora import Adapter, adapter_config, count, join, new_adapters, place, split
 from llasa_jax.metrics import Metrics
+from llasa_jax.offload import check_host_memory
 from llasa_jax.online import OnlineBatches
 from llasa_jax.optimizer import learning_rate_schedule, make_optimizer
 from llasa_jax.profiler import Profiler
@@ -80,8 +81,9 @@ def train(
     profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
+    check_host_memory(settings, mesh)
     adapters = adapter_config(settings.lora, config, tokenizer.get_vocab())
-    kept = {"frozen_dtype": settings.lora.frozen_dtype, "quantization": settings.lora.quantize}
+    kept = {"frozen_dtype": settings.lora.frozen_dtype, "quantization": settings.lora.quantize, "offload": settings.optimizer.offload}
     options = {"adapters": adapters, "seed": settings.train.seed} | kept
     step_functions = TrainStep(config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options)
     pipeline["process"] = (jax.process_index(), jax.process_count())

@@ -15,6 +15,7 @@ from llasa_jax.config import AdapterConfig, ModelConfig
 from llasa_jax.lora import join, split
 from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model import Llama
+from llasa_jax.offload import place_state
 from llasa_jax.quantize import Quantization
 from llasa_jax.settings import ModelSettings
 from llasa_jax.sharding import ROWS, MeshLayout, abstract_params
@@ -26,6 +27,7 @@ class TrainStep:
     A batch is a dict of arrays [accumulation, rows, length] as `batching.batches` makes them, sharded as `batch_sharding`. `code_ids` are
     the ids of the speech codes, whose share and accuracy are counted. With `adapters` all but them is frozen and kept in `frozen_dtype`,
     or quantised; `seed` is that of their dropout. `frozen`, `trainable` and `opt_state` are the trees as `ShapeDtypeStruct`s.
+    `offload` keeps the optimizer's state on the host, for an optimizer made with that setting.
     """
 
     BATCH = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_mask": jnp.bool_}
@@ -41,8 +43,10 @@ class TrainStep:
         frozen_dtype: str = "bfloat16",
         quantization: Quantization = "none",
         seed: int = 0,
+        offload: bool = False,
     ):
-        self.config, self.settings, self.optimizer, self.mesh, self.code_ids = config, settings, optimizer, mesh, code_ids
+        self.config, self.settings, self.mesh, self.code_ids = config, settings, mesh, code_ids
+        self.optimizer = optax.with_extra_args_support(optimizer)
         self.adapters, self.seed = adapters, seed
         options = {
             "dtype": jnp.dtype(settings.dtype),
@@ -57,7 +61,7 @@ class TrainStep:
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
         self.frozen, _ = split(abstract_params(config, mesh, jnp.dtype(frozen_dtype), adapters, quantization), adapters)
         _, self.trainable = split(abstract_params(config, mesh, jnp.dtype(settings.param_dtype), adapters), adapters)
-        self.opt_state = self._abstract_opt_state()
+        self.opt_state = place_state(jax.eval_shape(optimizer.init, self.trainable), self.trainable, offload=offload)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (self.trainable, self.opt_state))
         self.init = jax.jit(optimizer.init, out_shardings=shardings[1])
         self.train = jax.jit(self._train, donate_argnums=(1, 2), out_shardings=(*shardings, self.replicated))
@@ -73,21 +77,6 @@ class TrainStep:
             lowering_platforms=("cuda" if platform == "gpu" else platform,)
         )
         return lowered.compile()
-
-    def _abstract_opt_state(self):
-        """The optimizer's state as shapes: moments lie where their parameters lie, counters and factored moments everywhere."""
-        state = jax.eval_shape(self.optimizer.init, self.trainable)
-
-        def place(leaf, sharding):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return optax.tree_utils.tree_map_params(
-            self.optimizer,
-            lambda leaf, param: place(leaf, param.sharding if leaf.shape == param.shape else self.replicated),
-            state,
-            self.trainable,
-            transform_non_params=lambda leaf: place(leaf, self.replicated),
-        )
 
     def _scores(self, frozen, trainable, micro_batch, dropout_key=None):
         """The rows of one micro-batch [rows, length], and the features and tables whose products are their scores."""
@@ -142,7 +131,8 @@ class TrainStep:
         else:
             zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
             (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, (batch, keys))
-        updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.trainable)
+        updates, opt_state = self.optimizer.update(grads, opt_state, trainable, shardings=shardings)
         real = batch["segment_ids"] > 0
         metrics = {
             "loss": loss,

@@ -5,6 +5,7 @@ import importlib.util
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from llasa_jax import cli, plan
@@ -12,6 +13,7 @@ from llasa_jax.config import ModelConfig
 from llasa_jax.errors import UserError
 from llasa_jax.flops import StepShape, all_weights, model_flops, step_seconds
 from llasa_jax.hardware import TPUS, parse_topology
+from llasa_jax.offload import check_host_memory
 from llasa_jax.settings import DataSettings, MeshSettings, ModelSettings, OptimizerSettings, Settings, TrainSettings
 from llasa_jax.train_step import TrainStep
 
@@ -157,3 +159,46 @@ def test_adafactor_needs_less():
     sizes = [plan.plan(s, plan.MODELS["1b"], "h100:1").memory_gib["optimizer state"] for s in (SETTINGS, lean)]
     # Query and output weights stay unfactored, as heads of 64 are too narrow.
     assert sizes[1] < 0.1 * sizes[0]
+
+
+def test_levers_are_reckoned_with():
+    def planned(remat="full", **optimizer):
+        model = dataclasses.replace(SETTINGS.model, remat=remat)
+        settings = dataclasses.replace(SETTINGS, model=model, optimizer=OptimizerSettings(**optimizer))
+        return plan.plan(settings, plan.MODELS["1b"], "h100:8")
+
+    plain, half, on_host, inputs = planned(), planned(state_dtype="bfloat16"), planned(offload=True), planned("offload")
+    state, kept = "optimizer state", "activations kept for the backward pass"
+    assert half.memory_gib[state] == pytest.approx(plain.memory_gib[state] / 2, rel=1e-3)
+    assert (on_host.memory_gib[state], inputs.memory_gib[kept]) == (0, 0)
+    assert on_host.host_gib == pytest.approx(plain.memory_gib[state], abs=1e-3)
+    assert inputs.host_gib == pytest.approx(plain.memory_gib[kept], abs=1e-3)
+    assert plain.host_gib == 0
+    assert on_host.peak_hbm_gib == pytest.approx(plain.peak_hbm_gib - on_host.host_gib, abs=1e-3)
+    assert "host memory a device" in plan.describe(on_host, SETTINGS)
+
+
+def test_what_needs_the_hosts_memory_is_refused_without():
+    class Device:
+        device_kind = "abacus"
+
+        def addressable_memories(self):
+            return []
+
+    class Mesh:
+        devices = np.array([Device()])
+
+    check_host_memory(SETTINGS, Mesh())
+    settings = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(offload=True))
+    with pytest.raises(UserError, match="optimizer.offload=true needs devices that can use the host's memory, which abacus does not"):
+        check_host_memory(settings, Mesh())
+
+
+@needs_libtpu
+def test_state_on_the_host_takes_no_memory_of_a_tpu():
+    wide = dataclasses.replace(TINY, intermediate_size=4096, num_hidden_layers=8)  # so that the state weighs more than a row
+    settings = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(offload=True))
+    on_device, on_host = (plan.plan(s, wide, "v5e:2x2", rows_per_device=1) for s in (SETTINGS, settings))
+    saved = on_device.peak_hbm_gib - on_host.peak_hbm_gib
+    # All but what a slice of it takes while it passes through.
+    assert 0.8 * on_host.host_gib < saved <= 1.05 * on_host.host_gib

@@ -34,6 +34,8 @@ def test_file_then_overrides(config):
         (["--train.save_every=0"], "train.save_every must be at least 1 but is 0"),
         (["--log.samples=[Hello]"], "log.samples needs log.codec"),
         (["--optimizer.schedule=linear"], "optimizer.schedule.*linear"),
+        (["--optimizer.name=adamz"], "optimizer.name.*adafactor.*adagrad.*lion.*sgd.*adamz"),
+        (["--optimizer.name=adafactor", "--optimizer.offload=true"], "optimizer.offload has nothing to move for adafactor"),
         (["--train.epochs=0"], "train.steps or train.epochs above 0"),
         (["--model.loss_chunk=100"], "loss_chunk=100 does not divide data.max_length=1024"),
         (["--model.path="], "model.path is not set"),

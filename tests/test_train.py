@@ -119,6 +119,18 @@ def test_another_mesh_goes_on_with_the_same_data(finished, model, clips, tmp_pat
     ]
 
 
+def test_state_goes_to_the_host_and_back_between_checkpoints(finished, model, clips, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(settings_for(model, run, optimizer={"offload": True}), clips, clips)
+    # The same arithmetic, which the compiler fuses otherwise.
+    np.testing.assert_allclose(list(losses(run).values()), list(losses(finished).values()), rtol=1e-5)
+    for offload in (True, False):
+        shutil.rmtree(run / "checkpoints" / "6")
+        train(settings_for(model, run, optimizer={"offload": offload}), clips, clips)
+        assert "going on after step 4" in capsys.readouterr().out
+        np.testing.assert_allclose(list(losses(run).values()), list(losses(finished).values()), rtol=1e-5)
+
+
 def test_epochs_become_steps(model, clips, tmp_path, capsys):
     train(settings_for(model, tmp_path / "run", train={"steps": 0, "epochs": 3.0, "rows": 8}), clips)
     out = capsys.readouterr().out
