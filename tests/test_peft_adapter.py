@@ -142,12 +142,12 @@ def test_a_run_learns_keeps_only_what_it_trained_and_resumes(bases, trained, tmp
     about = model_folder.read_about(run, 4)
     assert about["base"] == str(base)
     # Stopped and gone on with, on another mesh: the same losses, dropout and all.
-    settings = lora_settings(bases, tmp_path / "again", "rows", mesh={"data": -1, "fsdp": 4, "tensor": 1})
+    settings = lora_settings(bases, tmp_path / "again", "rows", mesh={"data": 1, "fsdp": 4, "tensor": 2})
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     again = train(settings, [make_clips()], [make_clips()[:3]])
     for step in (3, 4):
-        np.testing.assert_allclose(losses(again)[step], numbers[step], rtol=1e-5)
+        np.testing.assert_allclose(losses(again)[step], numbers[step], rtol=1e-4)
 
 
 def peft_adapter(bases, folder, tied=True, seed=0, **options):
