@@ -134,11 +134,11 @@ def _train(args) -> None:
         import jax
 
         jax.distributed.initialize()
+    settings, adapter = begin_with(settings)
     records, validation = open_sources(settings.sources, settings.data.online)
     encoder = open_encoder(settings, records, validation)
     codec = codec_of(settings.sources, encoder and encoder.codec)
     examine_before_training(settings)
-    settings, adapter = begin_with(settings)
     with out_of_memory_explained(settings):
         train(settings, records, validation, codec, adapter, encoder)
 
