@@ -99,7 +99,7 @@ def train(
         # The steps
         step = start
         with StopSignal() as stop, checkpoints, profiler, Metrics(run, settings.log, start) as metrics:
-            throughput = Throughput(config, list(mesh.devices.flat))
+            throughput = Throughput(config, list(mesh.devices.flat), adapters)
             schedule = learning_rate_schedule(settings.optimizer, steps)
             progress = Progress(metrics, throughput, LossAlarm(config.vocab_size), schedule, settings.log.every, steps)
             for step in range(start + 1, steps + 1):
