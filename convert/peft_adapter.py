@@ -193,6 +193,8 @@ def _adapter_config(told: dict, config: ModelConfig, where: Path) -> AdapterConf
         if len(lists) > 1:
             raise UserError(f"{where}: trainable_token_indices differ between the tables; only the same in both are read")
         (tokens,) = lists or {()}
+    if not told.get("r", 8):
+        raise UserError(f"{where}: r is 0, which is no adapter; correct it")
     settings = LoraSettings(
         rank=told.get("r", 8),
         alpha=told.get("lora_alpha", 8),

@@ -104,8 +104,7 @@ def randomised(peft_model, seed=0):
     return peft_model
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize(("tied", "rslora"), [(True, True), (False, False)])
 def test_logits_equal_peft(tied, rslora):
     settings = LoraSettings(rank=4, alpha=6.0, dropout=0.0, targets=list(INPUTS), rslora=rslora)
     hf = hf_llama(tied=tied)
@@ -132,9 +131,8 @@ def train(step, frozen, trainable, steps=STEPS):
     return metrics, jax.device_get(trainable)
 
 
-@pytest.mark.parametrize("targets", [["q", "v"], list(INPUTS)])
-def test_twenty_steps_equal_peft(targets):
-    settings = LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=targets)
+def test_twenty_steps_equal_peft():
+    settings = LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=list(INPUTS))
     hf = hf_llama(tied=False)
     base = params_of(hf)
     step = step_for(hf, settings, one_device())
@@ -150,14 +148,12 @@ def test_twenty_steps_equal_peft(targets):
         np.testing.assert_allclose(mine, its, atol=1e-3, err_msg=str(path))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_twenty_steps_with_norms_and_single_rows_equal_peft(tied):
+def test_twenty_steps_with_norms_and_single_rows_equal_peft():
     settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=["q", "v"], train_also=["norms", "token7", "token250"])
-    hf = hf_llama(tied=tied)
+    hf = hf_llama(tied=True)
     base = params_of(hf)
     step = step_for(hf, settings, one_device())
-    rows = {"embed_tokens": [7, 250]} | ({} if tied else {"lm_head": [7, 250]})
-    theirs = peft_llama(hf, settings, modules_to_save=["norm"], trainable_token_indices=rows)
+    theirs = peft_llama(hf, settings, modules_to_save=["norm"], trainable_token_indices=[7, 250])
     assert count(step.config, step.adapters)[0] == theirs.get_nb_trainable_parameters()[0]
     ours, trained = train(step, *start_of(step, base, factors_of(theirs, step.adapters, step.trainable)))
     assert {*trained} == {"lora", "rows", "layers", "norm"}
@@ -166,8 +162,8 @@ def test_twenty_steps_with_norms_and_single_rows_equal_peft(tied):
     np.testing.assert_allclose([m["loss"] for m in ours], [m["loss"] for m in expected], atol=1e-4)
     deltas = [tensor.detach().numpy() for name, tensor in theirs.named_parameters() if "trainable_tokens_delta" in name]
     assert np.abs(trained["rows"]["embed"] - base["embed"][[7, 250]]).max() > 1e-2
-    for mine, its in zip(trained["rows"].values(), deltas, strict=True):
-        np.testing.assert_allclose(mine, its, atol=1e-3)
+    (delta,) = deltas
+    np.testing.assert_allclose(trained["rows"]["embed"], delta, atol=1e-3)
 
 
 EVERYTHING = LoraSettings(rank=4, alpha=8.0, dropout=0.2, targets=list(INPUTS)[:-2], train_also=["norms", "token7", "token250"])
@@ -179,7 +175,7 @@ def on_one_device():
     return train(step, *start_of(step, params_of(hf_llama(tied=False))), steps=3)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_same_numbers(shape, on_one_device):
     """Dropout included: its masks depend on the seed and the step alone."""
     step = step_for(hf_llama(tied=False), EVERYTHING, make_mesh(*shape))
@@ -260,7 +256,9 @@ def test_a_frozen_table_has_no_gradient():
         one_device(),
         adapters=adapter_config(LoraSettings(rank=4), config, {}),
     )
-    assert f"f32[{config.padded_vocab_size},{config.hidden_size}]" not in step.compile(2, 4, 64).as_text()
+    jaxpr = str(jax.make_jaxpr(step.train)(step.frozen, step.trainable, step.opt_state, next(make_batches())))
+    assert f"bf16[{config.padded_vocab_size},{config.hidden_size}]" in jaxpr
+    assert f"f32[{config.padded_vocab_size},{config.hidden_size}]" not in jaxpr
 
 
 @pytest.mark.parametrize(
