@@ -30,12 +30,14 @@ from llasa_jax.model_folder import (
     MODEL_FILE,
     PARAMS,
     adapters_of,
+    check_base,
     check_fingerprint,
     digest,
     load_tokenizer,
     load_trained,
     params_folder,
     read_description,
+    saved_steps,
 )
 from llasa_jax.settings import LoraSettings, Settings
 from llasa_jax.sharding import make_mesh
@@ -96,12 +98,16 @@ def open_adapters(folders: Sequence[str], base: Path, texts: int) -> list[Adapte
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
     """The settings with those of the adapter in `lora.init`, and that adapter; just the settings where none is named.
 
-    Rank, alpha, targets and the like are the adapter's, and need not be given. UserError where they are and differ.
+    Rank, alpha, targets and the like are the adapter's, and need not be given. UserError where they are and differ, and where the run to
+    go on with has lost its base.
     """
-    lora = settings.lora
+    lora, base, run = settings.lora, Path(settings.model.path), Path(settings.out)
+    if saved_steps(run) and (run / MODEL_FILE).is_file():
+        adapters, its_base = adapters_of(read_description(run)[1])
+        if adapters:
+            check_base(run, its_base)
     if not lora.init:
         return settings, None
-    base = Path(settings.model.path)
     adapter = open_adapter(Path(lora.init), base)
     its = adapter.config
     tokens = load_tokenizer(base).convert_ids_to_tokens(list(its.rows))

@@ -129,10 +129,10 @@ def _train(args) -> None:
         import jax
 
         jax.distributed.initialize()
+    settings, adapter = begin_with(settings)
     records, validation = open_sources(settings.sources)
     codec = codec_of(settings.sources)
     examine_before_training(settings)
-    settings, adapter = begin_with(settings)
     with out_of_memory_explained(settings):
         train(settings, records, validation, codec, adapter)
 

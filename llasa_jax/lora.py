@@ -35,14 +35,11 @@ def adapter_config(settings: LoraSettings, config: ModelConfig, token_ids: dict[
     if not settings.targets:
         raise UserError(f"lora.targets is empty; name some of {', '.join(INPUTS)}")
     for name in settings.targets:
-        tables = ("embed", "head") if name == "head" and config.tie_word_embeddings else (name,)
-        if name not in INPUTS or (name in MODULES and {*tables} & {*settings.train_also}):
-            why = (
-                "is trained whole by lora.train_also; take it out of one"
-                if name in INPUTS
-                else f"does not exist; there are {', '.join(INPUTS)}"
-            )
-            raise UserError(f"the target {name} of lora.targets {why}")
+        if name not in INPUTS:
+            raise UserError(f"the target {name} of lora.targets does not exist; there are {', '.join(INPUTS)}")
+        tied = name == "head" and config.tie_word_embeddings
+        if name in MODULES and {name, "embed" if tied else name} & {*settings.train_also}:
+            raise UserError(f"the target {name} of lora.targets is trained whole by lora.train_also; take it out of one")
         size, most = sizes(config), []
         for letters in (INPUTS[name], outputs(name)):
             most.append(math.prod(size[letter] for letter in letters))

@@ -45,8 +45,6 @@ def train(
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
-    if settings.lora.rank and model_folder.saved_steps(run):
-        model_folder.check_base(run, source)
     config, origin = model_folder.read_description(source)
     if "lora" in origin:
         raise UserError(f"{source} is a LoRA run; merge it (`export-hf --lora merge`, then `import-hf`), or go on from it with lora.init")

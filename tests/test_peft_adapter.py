@@ -281,7 +281,7 @@ def test_nothing_goes_on_without_the_base_or_with_another(bases, tmp_path):
     further = dataclasses.replace(settings, train=dataclasses.replace(settings.train, keep=3))
     (tmp_path / "ours-True").rename(tmp_path / "moved")
     gone = "holds adapters for the model in .*ours-True, which is not there; put it back"
-    for attempt in (lambda: train(further, [make_clips()]), lambda: load(run), lambda: export_hf(run, tmp_path / "out", lora="merge")):
+    for attempt in (lambda: begin_with(settings), lambda: load(run), lambda: export_hf(run, tmp_path / "out", lora="merge")):
         with pytest.raises(UserError, match=gone):
             attempt()
     shutil.copytree(bases / "ours-True", tmp_path / "ours-True")
