@@ -45,8 +45,10 @@ def working_gib(config: ModelConfig, settings: Settings, mesh) -> float:
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     weights = (2 * heads + 3 * config.intermediate_size) * config.hidden_size / tensor
     widths = 10 * config.hidden_size + (6 * heads + 7 * config.intermediate_size) / tensor
-    layer = rows * settings.data.max_length * widths * item + 4 * weights * item
-    table = config.padded_vocab_size * config.hidden_size / (tensor * mesh.shape["fsdp"])
+    # Of a layer's weights in the arithmetic's type, of the next one's, and their gradients; frozen ones have none.
+    copies, table_copies = (2, 0) if settings.lora.rank else (4, 1)
+    layer = rows * settings.data.max_length * widths * item + copies * weights * item
+    table = table_copies * config.padded_vocab_size * config.hidden_size / (tensor * mesh.shape["fsdp"])
     loss = rows * settings.model.loss_chunk * config.padded_vocab_size / tensor * (4 + 4 + item) + table * item
     return max(layer, loss) / GIB
 

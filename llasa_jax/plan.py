@@ -22,6 +22,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.flops import StepShape, model_flops, step_seconds
 from llasa_jax.hardware import GPUS, Device, device_of_kind, known_topologies, parse_topology
 from llasa_jax.lora import MODULES, adapter_config
+from llasa_jax.lora import count as count_parameters
 from llasa_jax.memory import advice, held_gib, is_out_of_memory, working_gib
 from llasa_jax.offload import check_host_memory
 from llasa_jax.optimizer import make_optimizer
@@ -65,6 +66,7 @@ class Plan:
     memory_gib: dict[str, float]
     tokens_per_step: int
     model_flops_per_step: float
+    trained_parameters: int
     step_seconds: dict[str, float]
     step_seconds_roofline: float | None
     steps: int | None = None
@@ -119,7 +121,7 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         peak, fits = _compiled_peak(step, accumulation, rows, length)
         peak = max(peak, sum(held.values()))
     shape = StepShape(rows, length, accumulation, *mesh.shape.values(), settings.model.remat)
-    seconds = step_seconds(config, shape, device) if device else {}
+    seconds = step_seconds(config, shape, device, adapters, lora.quantize) if device else {}
     return Plan(
         topology=topology,
         device_count=mesh.size,
@@ -132,7 +134,8 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
         host_gib=round(on_host, 4),
         memory_gib={name: round(size, 4) for name, size in (held | {"working memory": max(0.0, peak - sum(held.values()))}).items()},
         tokens_per_step=shape.tokens,
-        model_flops_per_step=model_flops(config, shape),
+        model_flops_per_step=model_flops(config, shape, adapters),
+        trained_parameters=count_parameters(config, adapters)[0],
         step_seconds=seconds,
         step_seconds_roofline=max(seconds.values()) if seconds else None,
     )
@@ -172,12 +175,13 @@ def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan 
 
 def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
     """The plan on the smallest machine of this kind on which one row a device fits; None if the largest known is too small."""
-    kind, device, count = parse_topology(topology)
-    for shape in [f"{n}" for n in (1, 2, 4, 8)] if count else device.slices:
+    kind, device, gpus = parse_topology(topology)
+    bytes_a_weight = 0.5 if settings.lora.rank else 16
+    for shape in [f"{n}" for n in (1, 2, 4, 8)] if gpus else device.slices:
         name = f"{kind}:{shape}"
-        chips = int(shape) if count else prod(map(int, shape.split("x"))) * device.devices_per_chip
-        weights_and_moments = 16 * sum(np.prod(leaf) for leaf in _shapes(config)) / chips / 2**30
-        if settings.mesh.data == 1 and weights_and_moments > device.memory:
+        chips = int(shape) if gpus else prod(map(int, shape.split("x"))) * device.devices_per_chip
+        at_least = bytes_a_weight * sum(np.prod(leaf) for leaf in _shapes(config)) / chips / 2**30
+        if settings.mesh.data == 1 and at_least > device.memory:
             continue
         try:
             tried = plan(settings, config, name, 1)
@@ -255,7 +259,8 @@ def describe(plan_: Plan, settings: Settings) -> str:
         f"peak memory a device: {'' if plan_.fits else 'at least '}{plan_.peak_hbm_gib:.2f}{of} GiB",
         *(f"  {size:6.2f}  {name}" for name, size in plan_.memory_gib.items()),
         *([f"host memory a device: {plan_.host_gib:.2f} GiB; its way to and fro is not in the times below"] if plan_.host_gib else []),
-        f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs",
+        f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs"
+        + (f"; {plan_.trained_parameters:,} parameters are trained" if settings.lora.rank else ""),
     ]
     if plan_.step_seconds:
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in plan_.step_seconds.items())

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import jax
 
-from llasa_jax.config import ModelConfig
+from llasa_jax.config import AdapterConfig, ModelConfig
 from llasa_jax.flops import model_flops_per_token
 from llasa_jax.hardware import device_of_kind
 from llasa_jax.vocab import CODES_PER_SECOND
@@ -17,8 +17,8 @@ WINDOW = 50
 class Throughput:
     """Rates over the last steps. Compiling is no part of them, nor is what happens in `pause`."""
 
-    def __init__(self, config: ModelConfig, devices: list[jax.Device]):
-        self._config = config
+    def __init__(self, config: ModelConfig, devices: list[jax.Device], adapters: AdapterConfig | None = None):
+        self._config, self._adapters = config, adapters
         device = device_of_kind(devices[0].device_kind)
         self._peak = device and device.flops * len(devices)
         self._ends = deque(maxlen=WINDOW + 1)
@@ -44,7 +44,7 @@ class Throughput:
 
         `speech_hours_per_hour` is hours of speech learned in an hour, `data_wait` the share of the time, and `mfu` the share of the peak.
         """
-        flops = tokens * model_flops_per_token(self._config, context)
+        flops = tokens * model_flops_per_token(self._config, context, self._adapters)
         self._ends.append((time.monotonic() - self._paused, self._waited, tokens, codes, flops))
         seconds = self._ends[-1][0] - self._ends[0][0]
         if not seconds:

@@ -111,7 +111,7 @@ def train(
         # The steps
         step = start
         with StopSignal() as stop, checkpoints, profiler, Metrics(run, settings.log, start) as metrics:
-            throughput = Throughput(config, list(mesh.devices.flat))
+            throughput = Throughput(config, list(mesh.devices.flat), adapters)
             schedule = learning_rate_schedule(settings.optimizer, steps)
             alarm = LossAlarm(config.vocab_size)
             progress = Progress(metrics, throughput, alarm, schedule, settings.log.every, steps, data if encoder else None)

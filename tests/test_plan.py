@@ -14,7 +14,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.flops import StepShape, all_weights, model_flops, step_seconds
 from llasa_jax.hardware import TPUS, parse_topology
 from llasa_jax.offload import check_host_memory
-from llasa_jax.settings import DataSettings, MeshSettings, ModelSettings, OptimizerSettings, Settings, TrainSettings
+from llasa_jax.settings import DataSettings, LoraSettings, MeshSettings, ModelSettings, OptimizerSettings, Settings, TrainSettings
 from llasa_jax.train_step import TrainStep
 
 TINY = ModelConfig(
@@ -202,3 +202,18 @@ def test_state_on_the_host_takes_no_memory_of_a_tpu():
     saved = on_device.peak_hbm_gib - on_host.peak_hbm_gib
     # All but what a slice of it takes while it passes through.
     assert 0.8 * on_host.host_gib < saved <= 1.05 * on_host.host_gib
+
+
+def test_lora_needs_less_memory_and_fewer_flops():
+    small = dataclasses.replace(SETTINGS, lora=LoraSettings(rank=8))
+    qlora = dataclasses.replace(SETTINGS, lora=LoraSettings(rank=8, quantize="nf4"))
+    full, lora, fewer_bits = (plan.plan(s, plan.MODELS["8b"], "h100:1") for s in (SETTINGS, small, qlora))
+    assert not full.fits
+    assert lora.fits
+    assert lora.trained_parameters == 32 * 8 * (4096 + 4096 + 4096 + 1024)  # q and v of 32 layers
+    assert "3,407,872 parameters are trained" in plan.describe(lora, small)
+    assert lora.memory_gib["gradients"] < 0.02
+    # Layers' 6.98 billion weights in 4.25 bits, tables' 1.59 billion in 16
+    assert fewer_bits.memory_gib["parameters"] == pytest.approx((6.98e9 * 4.25 + 1.59e9 * 16) / 8 / 2**30, rel=0.01)
+    assert 0.65 < lora.model_flops_per_step / full.model_flops_per_step < 0.7
+    assert lora.step_seconds["arithmetic"] < full.step_seconds["arithmetic"]

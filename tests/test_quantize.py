@@ -1,5 +1,7 @@
 """Quantised weights against PyTorch's int8, the published 4-bit NormalFloat and qwix's. Shapes are layers, outputs, inputs."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,21 @@ import pytest
 import qwix
 import torch
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType
 from reference import config_of, hf_llama, our_llama, params_of
 from test_lora import one_device, start_of, step_for
 from test_train_step import make_batches
+from tiny_run import losses, make_clips, make_model, settings_for
 
 from llasa_jax import model_folder
+from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.errors import UserError
+from llasa_jax.generate import generate_codes, load
 from llasa_jax.model import INPUTS, Cache
 from llasa_jax.quantize import NF4, Quantized, quantize
 from llasa_jax.settings import LoraSettings
-from llasa_jax.sharding import LAYER_MATRICES, abstract_params, make_mesh
+from llasa_jax.sharding import LAYER_MATRICES, MESH_AXES, abstract_params, make_mesh
+from llasa_jax.train import train
 
 
 def weights(*shape):
@@ -137,6 +143,26 @@ def test_a_quantised_model_speaks_as_what_its_codes_stand_for():
 
 def test_a_mesh_that_splits_bytes_is_refused():
     config = config_of(hf_llama())  # 32 wide: 16 bytes
-    mesh = Mesh(np.array(jax.devices()[:1] * 32).reshape(1, 32, 1), ("data", "fsdp", "tensor"))
+    mesh = AbstractMesh((1, 32, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     with pytest.raises(UserError, match="does not divide weights of two to a byte"):
         abstract_params(config, mesh, jnp.bfloat16, quantization="nf4")
+
+
+def test_a_qlora_run_goes_on_speaks_and_is_not_merged(tmp_path):
+    model = make_model(tmp_path / "model")
+    clips = make_clips()
+    settings = settings_for(model, tmp_path / "run", lora={"rank": 4, "quantize": "nf4"}, train={"steps": 3, "save_every": 1, "keep": 9})
+    train(settings, [clips], [clips[:3]])
+    expected = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    train(settings, [clips], [clips[:3]])
+    assert losses(tmp_path / "run") == expected
+    graphdef, params, prompter, _ = load(tmp_path / "run", "float32")
+    assert isinstance(params["layers"]["q"], Quantized)
+    (spoken,) = generate_codes(graphdef, params, [prompter.opening("word")], prompter.vocab, 3)
+    assert len(spoken.tokens)
+    export_hf(tmp_path / "run", tmp_path / "adapter", lora="adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(UserError, match=r"quantised to nf4.*--lora adapter"):
+        export_hf(tmp_path / "run", tmp_path / "merged", lora="merge")
+    assert not (tmp_path / "merged").exists()

@@ -4,12 +4,15 @@ import types
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from reference import config_of, hf_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from llasa_jax import throughput
 from llasa_jax.flops import model_flops_per_token
 from llasa_jax.hardware import GPUS, TPUS, device_of_kind
+from llasa_jax.lora import adapter_config
+from llasa_jax.settings import LoraSettings
 from llasa_jax.throughput import Throughput
 
 
@@ -76,3 +79,19 @@ def test_old_steps_are_forgotten(monkeypatch):
         clock["now"] += 10 if step < 100 else 1
         rates = measured.step_ended(100, 0, 1.0)
     assert rates == {"tokens_per_second": 100, "speech_hours_per_hour": 0, "data_wait": 0}
+
+
+@pytest.mark.parametrize(("targets", "whole"), [(["q", "v"], []), (["o", "down", "embed"], ["head"])])
+def test_flops_of_adapters_are_those_that_pytorch_counts_for_peft(targets, whole):
+    hf = hf_llama(tied=False, attn_implementation="eager")
+    modules = {"q": "q_proj", "v": "v_proj", "o": "o_proj", "down": "down_proj", "embed": "embed_tokens", "head": "lm_head"}
+    wanted = LoraConfig(r=4, target_modules=[modules[name] for name in targets], modules_to_save=[modules[name] for name in whole] or None)
+    theirs = get_peft_model(hf, wanted)
+    # As in a scan over layers, the first one's inputs have a gradient too.
+    theirs.enable_input_require_grads()
+    rows, length = 2, 48
+    with FlopCounterMode(display=False) as counter:
+        theirs(torch.zeros(rows, length, dtype=torch.long)).logits.sum().backward()
+    adapters = adapter_config(LoraSettings(rank=4, targets=targets, train_also=whole), config_of(hf), {})
+    counted = counter.get_total_flops() / (rows * length)
+    assert model_flops_per_token(config_of(hf), length, adapters) == pytest.approx(counted, rel=2e-3)
