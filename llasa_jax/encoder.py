@@ -20,6 +20,7 @@ from llasa_jax.prompts import Utterance
 from llasa_jax.readers import AudioSource, Key, Readers
 from llasa_jax.settings import OnlineSettings
 
+SHOWN = 20  # bad clips told on the terminal
 ENOUGH = 1000  # clips, or all if they are fewer, before a share of bad ones says anything
 READING = "reading the audio "
 T = TypeVar("T")
@@ -61,7 +62,9 @@ class Skipped:
             self._reasons[key] = reason
             self._lines.append({"id": clip_id, "audio": audio, "reason": reason})
             self._write()
-        warnings.warn(f"the clip {clip_id!r} is skipped: {reason}", stacklevel=2)
+        if len(self) <= SHOWN:
+            more = "" if len(self) < SHOWN else " (others that follow are only listed in the run's bad.jsonl)"
+            warnings.warn(f"the clip {clip_id!r} is skipped: {reason}{more}", stacklevel=2)
 
     def list_in(self, path: Path) -> None:
         with self._lock:

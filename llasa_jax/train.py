@@ -103,10 +103,11 @@ def train(
             progress = Progress(metrics, throughput, alarm, schedule, settings.log.every, steps, data if encoder else None)
             while step < steps:
                 with throughput.waiting(progress.computing):
-                    failed = encoder and not data.wait(lambda: stop.received)
-                    # Before a batch is taken, so that the checkpoint's place in the data is that of the last step.
-                    if stop.agreed(failed):
-                        break
+                    failed = encoder is not None and not data.wait(lambda: stop.received)
+                # Before a batch is taken, so that the checkpoint's place in the data is that of the last step.
+                if stop.agreed(failed):
+                    break
+                with throughput.waiting(progress.computing):
                     batch = next(data)
                     placed = _place(batch, step_functions)
                 step += 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from llasa_jax.audio import SILENCE_PEAK, read_audio, write_audio
+from llasa_jax.audio import SILENCE_PEAK, audio_samples, read_audio, write_audio
 from llasa_jax.errors import UserError
 
 
@@ -43,6 +43,18 @@ def test_16_khz_samples_are_untouched(tmp_path):
     wave = tone()
     soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
     np.testing.assert_array_equal(read_audio(tmp_path / "a.wav"), wave)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.opus"])
+@pytest.mark.parametrize("rate", [8000, 16000, 24000, 22050, 44100, 48000])
+def test_headers_tell_lengths(tmp_path, name, rate):
+    """Online training plans with them, so they must be exact to the sample."""
+    form = {"format": "OGG", "subtype": "OPUS"} if name.endswith("opus") else {}
+    if form and rate not in (8000, 16000, 24000, 48000):
+        pytest.skip("no rate of Opus's")
+    for samples in (rate // 3 + 1, rate // 3 + 7, rate + 123):
+        soundfile.write(tmp_path / name, tone(rate, 2)[:samples], rate, **form)
+        assert audio_samples(tmp_path / name) == len(read_audio(tmp_path / name))
 
 
 def test_stereo_is_the_mean_of_its_channels(tmp_path):

@@ -1,5 +1,6 @@
 """Online is offline, to the bit: the same rows of the same codes, whatever is slow, bad, dead, killed or resumed."""
 
+import io
 import json
 import os
 import shutil
@@ -18,16 +19,19 @@ from tiny_run import lines_of, losses, make_model, settings_for
 from llasa_jax import train as train_module
 from llasa_jax.batching import BatchShape, Source, batches
 from llasa_jax.codec import load_codec
+from llasa_jax.data import builder
 from llasa_jax.data.audio_sources import ManifestAudio
 from llasa_jax.data.builder import open_dataset
+from llasa_jax.data.doctor import doctor
 from llasa_jax.data.encode import encode
 from llasa_jax.data.online_cache import open_encoder
 from llasa_jax.data.records import codec_of, open_sources, open_utterances
-from llasa_jax.encoder import Encoder, PlannedClips, Skipped
+from llasa_jax.encoder import Encoder, PlannedClips, Skipped, share_gpu
 from llasa_jax.errors import UserError
 from llasa_jax.online import OnlineBatches
+from llasa_jax.preview import preview
 from llasa_jax.prompts import Prompter
-from llasa_jax.settings import OnlineSettings
+from llasa_jax.settings import OnlineSettings, SourceSettings
 from llasa_jax.tiny import make_tiny_codec
 from llasa_jax.tiny_llama import make_tiny_tokenizer
 from llasa_jax.train import train
@@ -40,6 +44,16 @@ OPTIONS = {"seed": 3, "too_long": "drop", "process": (0, 1)}
 @pytest.fixture(scope="module")
 def prompter():
     return Prompter(make_tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def codec_folder(tmp_path_factory):
+    return make_tiny_codec(tmp_path_factory.mktemp("codecs") / "tiny")
 
 
 @pytest.fixture
@@ -196,17 +210,66 @@ def test_the_queue_bounds_what_is_made(manifest, prompter):
         assert made.numbers()["queue_depth"] == 1
 
 
+def test_the_order_is_that_of_records_in_many_files(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "RECORDS_A_FILE", 5)
+    encode(manifest, tmp_path / "codes", CountingCodec(), validation_share=0.3)
+    assert len(list((tmp_path / "codes").glob("*train.array_record*"))) > 1
+    audio = ManifestAudio(manifest, validation_share=0.3)
+    for split in ("train", "validation"):
+        ids = [utterance.id for utterance in open_utterances(tmp_path / "codes", split)]
+        assert [audio.utterance(i).id for i in audio.split(split)] == ids
+    with pytest.raises(UserError, match="no split 'test', it has train, validation"):
+        audio.split("test")
+    with pytest.raises(UserError, match="set data.online.validation_share"):
+        ManifestAudio(manifest).split("validation")
+
+
+def test_doctor_and_preview(manifest, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("llasa_jax.preview.load_codec", lambda *_: CountingCodec())
+    data = {"path": str(manifest), "mode": "online", "max_length": 512}
+    settings = settings_for(model, tmp_path / "run", data=data)
+    assert [str(finding) for finding in doctor(settings) if "16 headers" in finding.message and finding.severity == "ok"]
+    shown = io.StringIO()
+    preview(settings, open_sources(settings.sources, settings.data.online)[0], 2, as_json=True, out=shown)
+    encode(manifest, tmp_path / "codes", CountingCodec())
+    offline = settings_for(model, tmp_path / "run", data={"path": str(tmp_path / "codes"), "max_length": 512})
+    wanted = io.StringIO()
+    preview(offline, open_sources(offline.sources)[0], 2, as_json=True, out=wanted)
+    assert shown.getvalue().count("\n") == 2
+    assert shown.getvalue() == wanted.getvalue()
+    Path(ManifestAudio(manifest).key(3)[0]).write_bytes(b"")
+    with pytest.warns(UserWarning, match="0 bytes"):
+        assert [f for f in doctor(settings) if f.check == "audio"][0].severity == "bad"
+
+
+def test_a_source_may_be_online_beside_one_that_is_not(manifest, offline, model, tmp_path):
+    offline(1)
+    listed = [SourceSettings(str(manifest), mode="online", weight=0.7), SourceSettings(str(tmp_path / "codes"), weight=0.3)]
+    settings = settings_for(model, tmp_path / "run", data={"path": "", "sources": listed, "online": OnlineSettings(torch_threads=1)})
+    records, validation = open_sources(settings.sources, settings.data.online)
+    prompters = [Prompter(make_tiny_tokenizer())] * 2
+    codec = CountingCodec()
+    assert codec_of(settings.sources, codec)["fingerprint"] == "f1"
+    with pytest.raises(UserError, match="encode both with the same codec"):
+        codec_of(settings.sources, CountingCodec(fingerprint="f2"))
+    with open_encoder(settings, records, validation, codec) as encoder:
+        found = OnlineBatches(encoder, list(map(Source, records, prompters, (0.7, 0.3))), SHAPE, **OPTIONS)
+        both = [Source(open_utterances(tmp_path / "codes", "train"), prompters[0], weight) for weight in (0.7, 0.3)]
+        wanted = iter(batches(both, SHAPE, **OPTIONS))
+        same([next(found) for _ in range(4)], [next(wanted) for _ in range(4)])
+
+
+def test_a_shared_gpu_is_divided(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    share_gpu(OnlineSettings(device="cpu"))
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    share_gpu(OnlineSettings(device="cuda:0", gpu_memory=0.3))
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.65"
+
+
 # Training
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def codec_folder(tmp_path_factory):
-    return make_tiny_codec(tmp_path_factory.mktemp("codecs") / "tiny")
 
 
 def opened(model, out, manifest, codec, cache, **changes):
