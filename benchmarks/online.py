@@ -135,9 +135,14 @@ def compare(bench: Bench, clips: int, turns: int) -> None:
     print(f"load after: {os.getloadavg()[0]:.1f}; online less start-up is {median:.3f}x the longer half, {MUST_REACH} is asked for")
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that any of its threads has started."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+
+
 def resident() -> float:
     """MB in the memory of this process and its children, what they share counted for each."""
-    pids = [os.getpid(), *(int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
+    pids = [os.getpid(), *children_of(os.getpid())]
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
