@@ -289,7 +289,15 @@ class Encoder:
     def _encode(self, keys: list[Key], waves: list[np.ndarray]) -> list[np.ndarray]:
         seconds = sum(map(len, waves)) / SAMPLE_RATE
         self.doing = f"encoding {len(keys)} clips, {seconds:.0f} s of audio"
-        codes = self.codec.encode(waves)
+        try:
+            codes = self.codec.encode(waves)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise UserError(
+                f"the codec ran out of memory on {self.settings.device}, {self.doing}; raise data.online.gpu_memory "
+                f"(it is {self.settings.gpu_memory}), or name another data.online.device"
+            ) from error
         self.encoded_seconds += seconds
         for number, cache in enumerate(self._caches):
             if cache:

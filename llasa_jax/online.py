@@ -44,8 +44,9 @@ class OnlineBatches(grain.DatasetIterator):
         return self._state
 
     def set_state(self, state: dict) -> None:
-        """Goes to another place. Only before the first batch."""
-        self._plan.set_state(state)
+        """Goes to another place. After the first batch that is only what `get_state` tells: the thread goes on where it is."""
+        if self._thread.ident is None:
+            self._plan.set_state(state)
         self._state = state
 
     def wait(self, interrupted: Callable[[], int]) -> bool:

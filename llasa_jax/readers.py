@@ -74,6 +74,7 @@ class Readers:
                 results += self._died(key, process)
                 continue
             self._in_vain = 0
+            del self._deaths[key]
             self._idle.append((pipe, process))
             results.append((key, wave, reason))
         self._hand_out()

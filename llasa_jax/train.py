@@ -81,6 +81,8 @@ def train(
         # The data, whose codes are there or are made while training
         if encoder:
             encoder.skipped.list_in(run / (f"bad.{jax.process_index()}.jsonl" if jax.process_index() else "bad.jsonl"))
+            if held_out:
+                say("the validation clips are encoded first")
             held_out = encoder.held_out(held_out, pipeline["process"])
         data = OnlineBatches(encoder, sources, shape, **pipeline) if encoder else iter(batches(sources, shape, **pipeline))
 
@@ -102,14 +104,18 @@ def train(
             alarm = LossAlarm(config.vocab_size)
             progress = Progress(metrics, throughput, alarm, schedule, settings.log.every, steps, data if encoder else None)
             while step < steps:
+                # The next batch goes to the devices while they are at the step before; only then must the hosts wait for each other.
+                place, placed = data.get_state(), None
                 with throughput.waiting(progress.computing):
                     failed = encoder is not None and not data.wait(lambda: stop.received)
-                # Before a batch is taken, so that the checkpoint's place in the data is that of the last step.
+                    if not failed and not stop.received:
+                        batch = next(data)
+                        placed = _place(batch, step_functions)
                 if stop.agreed(failed):
+                    data.set_state(place)
                     break
-                with throughput.waiting(progress.computing):
-                    batch = next(data)
-                    placed = _place(batch, step_functions)
+                if failed:
+                    next(data)  # raises what ended the thread
                 step += 1
                 profiler.before(step, params)
                 params, opt_state, numbers = step_functions.train(params, opt_state, placed)

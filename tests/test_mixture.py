@@ -218,7 +218,7 @@ def test_sources_in_a_config(tmp_path):
     (only,) = parse_settings([write(tmp_path), "--data.sources=[{path: other}]"]).sources
     assert only.path == "other"
     (simple,) = parse_settings([write(tmp_path, data={"path": "voice", "validation_split": "v"})]).sources
-    assert simple == SourceSettings("voice", "train", "v", 1.0, speech.prompt)
+    assert simple == SourceSettings("voice", "train", "v", 1.0, speech.prompt, "offline")
 
 
 @pytest.mark.parametrize(

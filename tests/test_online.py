@@ -10,12 +10,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import torch
 from slow_audio import SlowAudio
 from test_encode import CountingCodec
 from tiny_run import lines_of, losses, make_model, settings_for
 
+from llasa_jax import hosts
 from llasa_jax import train as train_module
 from llasa_jax.batching import BatchShape, Source, batches
 from llasa_jax.codec import load_codec
@@ -24,7 +27,7 @@ from llasa_jax.data.audio_sources import ManifestAudio
 from llasa_jax.data.builder import open_dataset
 from llasa_jax.data.doctor import doctor
 from llasa_jax.data.encode import encode
-from llasa_jax.data.online_cache import open_encoder
+from llasa_jax.data.online_cache import CodesCache, open_encoder
 from llasa_jax.data.records import codec_of, open_sources, open_utterances
 from llasa_jax.encoder import Encoder, PlannedClips, Skipped, share_gpu
 from llasa_jax.errors import UserError
@@ -197,6 +200,25 @@ def test_what_ends_the_thread_ends_training_with_its_traceback(manifest, prompte
     assert caught.traceback[-1].path == Path(__file__)
 
 
+def test_a_codec_out_of_memory_says_what_to_do(manifest, prompter):
+    class Small(CountingCodec):
+        def encode(self, waves):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    encoder, clips = encoder_of(ManifestAudio(manifest), Small())
+    with encoder, pytest.raises(UserError, match="raise data.online.gpu_memory"):
+        online(encoder, clips, prompter, 1)
+
+
+def test_devices_that_wait_are_advised(manifest, prompter):
+    encoder, clips = encoder_of(ManifestAudio(manifest))
+    with encoder:
+        made = OnlineBatches(encoder, [Source(clips, prompter)], SHAPE, **OPTIONS)
+        told = [made.advice(0.4) for _ in range(30)]
+        assert [*filter(None, told)] == [told[19]]
+        assert "wait 40% of the time for the encoder; it would help to set data.online.cache" in told[19]
+
+
 def test_the_queue_bounds_what_is_made(manifest, prompter):
     codec = CountingCodec()
     encoder, clips = encoder_of(ManifestAudio(manifest), codec, queue=1)
@@ -259,6 +281,50 @@ def test_a_source_may_be_online_beside_one_that_is_not(manifest, offline, model,
         same([next(found) for _ in range(4)], [next(wanted) for _ in range(4)])
 
 
+def test_hosts_keep_journals_of_their_own_until_the_next_start(manifest, tmp_path, monkeypatch):
+    audio, codec = ManifestAudio(manifest), CountingCodec()
+    splits = {"train": audio.split("train")}
+    codes = codec.encode([audio.wave(i) for i in range(16)])
+    monkeypatch.setattr(hosts, "largest", int)
+
+    def open_on(host, count=2):
+        monkeypatch.setattr(jax, "process_index", lambda: host)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        return CodesCache(tmp_path / "cache", audio, splits, codec)
+
+    first, second = open_on(0), open_on(1)
+    first.put([(i, codes[i]) for i in range(9)])
+    second.put([(i, codes[i]) for i in range(8, 15)])
+    assert second.get(0) is None
+    for cache in (first, second):
+        cache.close()
+    first = open_on(0)
+    for i in range(15):
+        np.testing.assert_array_equal(first.get(i), codes[i])
+    assert first.get(15) is None
+    os.utime(audio.key(3)[0], ns=(1, 1))
+    assert first.get(3) is None
+    first.put([(3, codes[3])])
+    first.finish(set())
+    assert not (tmp_path / "cache").exists()
+    first.close()
+    alone = open_on(0, count=1)
+    with pytest.raises(UserError, match="in use"):
+        open_on(0, count=1)
+    alone.finish({15})
+    alone.close()
+    ids = {utterance.id: utterance.codes for utterance in open_utterances(tmp_path / "cache", "train")}
+    np.testing.assert_equal(ids, {audio.utterance(i).id: codes[i] for i in range(15)})
+    with pytest.raises(UserError, match="another codec than counting"):
+        CodesCache(tmp_path / "cache", audio, splits, CountingCodec(fingerprint="f2"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("queue", 0), ("stall_seconds", 0.0), ("max_bad_share", 1.0), ("gpu_memory", -0.1)])
+def test_settings_that_cannot_work(model, tmp_path, name, value):
+    with pytest.raises(UserError, match=f"data.online.{name} "):
+        settings_for(model, tmp_path, data={"online": OnlineSettings(**{name: value})})
+
+
 def test_a_shared_gpu_is_divided(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     share_gpu(OnlineSettings(device="cpu"))
@@ -293,7 +359,7 @@ def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_
     real_place, count = train_module._place, iter(range(100))
 
     def place(*args):
-        if next(count) == 4:  # three steps, the validation after them, and one more
+        if next(count) == 5:  # three steps, the validation after them, one more, and the batch of another
             os.kill(os.getpid(), signal.SIGTERM)
         return real_place(*args)
 
