@@ -8,6 +8,7 @@ of short clips, and the memory of the training process and its readers along the
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,7 +75,8 @@ class Bench:
 
         settings = self.settings({"path": str(records), "max_length": length}, steps)
         began = time.perf_counter()
-        train(settings, *open_sources(settings.sources))
+        with redirect_stdout(io.StringIO()):
+            train(settings, *open_sources(settings.sources))
         return time.perf_counter() - began
 
     def online(self, manifest: Path, length: int, steps: int) -> float:
@@ -86,7 +89,8 @@ class Bench:
         settings = self.settings({"path": str(manifest), "max_length": length, "mode": "online", "online": online}, steps)
         began = time.perf_counter()
         records, validation = open_sources(settings.sources, online)
-        train(settings, records, validation, encoder=open_encoder(settings, records, validation))
+        with redirect_stdout(io.StringIO()):
+            train(settings, records, validation, encoder=open_encoder(settings, records, validation))
         return time.perf_counter() - began
 
     def encode(self, waves: list) -> float:
@@ -131,14 +135,19 @@ def compare(bench: Bench, clips: int, turns: int) -> None:
     print(f"load after: {os.getloadavg()[0]:.1f}; online less start-up is {median:.3f}x the longer half, {MUST_REACH} is asked for")
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that any of its threads has started."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+
+
 def resident() -> float:
     """MB in the memory of this process and its children, what they share counted for each."""
-    pids = [os.getpid(), *(int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
+    pids = [os.getpid(), *children_of(os.getpid())]
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def memory(bench: Bench, steps: int) -> None:
-    manifest = write_clips(bench.speech, bench.folder / "short", [0.5 + 0.01 * i for i in range(100)])
+    manifest = write_clips(bench.speech, bench.folder / "short", [0.3 + 0.004 * i for i in range(100)])
     metrics = bench.folder / f"run{bench.runs + 1}" / "metrics.jsonl"
     marks: dict[int, float] = {}
     done = threading.Event()
@@ -152,7 +161,7 @@ def memory(bench: Bench, steps: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    bench.online(manifest, 256, steps)
+    bench.online(manifest, 128, steps)
     done.set()
     watcher.join()
     print(f"memory of the trainer and its reader in {steps} online steps, MB:")
@@ -163,8 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speech", type=Path, default=Path(__file__).parents[1] / "tests/speech")
     parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="of the measurement of memory")
+    parser.add_argument("--turns", type=int, default=3, help="0 leaves the comparison out")
+    parser.add_argument("--steps", type=int, default=1000, help="of the measurement of memory, 0 for none")
     args = parser.parse_args()
     import jax
     import torch
@@ -178,8 +187,10 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         bench = Bench(folder, args.speech)
-        compare(bench, args.clips, args.turns)
-        memory(bench, args.steps)
+        if args.turns:
+            compare(bench, args.clips, args.turns)
+        if args.steps:
+            memory(bench, args.steps)
     finally:
         shutil.rmtree(folder)
 

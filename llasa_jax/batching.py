@@ -125,7 +125,10 @@ class HostShare(grain.transforms.DatasetSelectionMap):
 
 
 def drawn(sources: Sequence[Source], seed: int) -> grain.MapDataset:
-    """The records of training in the order in which they are drawn, without end: pairs of a source's index and its record."""
+    """The records of training in the order in which they are drawn, without end: pairs of a source's index and its record.
+
+    None in place of a pair whose record is None: Grain maps nothing that is not there.
+    """
     return grain.MapDataset.select_from_datasets(
         [
             # Far apart, since Grain adds the epoch to the seed: one dataset under two tasks is in two orders.
@@ -212,7 +215,7 @@ def measure(
     order = drawn(sources, seed)
 
     def look(draw: int) -> tuple[int, int]:
-        source, record = order[draw]
+        source, record = order[draw] or (0, None)
         return source, 0 if record is None else len(sources[source].prompter.example(record).tokens)
 
     # In threads, since the length of a clip of audio is read from its file.

@@ -40,7 +40,7 @@ def preview(settings: Settings, records: Sequence[Sequence], count: int, *, as_j
     to_example = ToExample(sources, settings.data.max_length, settings.data.too_long)
     coloured = out.isatty() and not os.environ.get("NO_COLOR")
     for draw in range(min(count, draws_per_epoch(sources))):
-        source, record = order[draw]
+        source, record = order[draw] or (0, None)
         if record is None:
             continue  # a bad clip, of which a warning has told
         example = to_example(source, record)

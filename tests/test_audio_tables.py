@@ -21,6 +21,7 @@ from llasa_jax.audio import read_audio
 from llasa_jax.data.audio_sources import open_audio
 from llasa_jax.data.manifest import assign_splits
 from llasa_jax.errors import UserError
+from llasa_jax.readers import Readers
 from llasa_jax.settings import OnlineSettings
 
 PLAIN = OnlineSettings()
@@ -80,6 +81,18 @@ def test_ljspeech_of_tfds(lj, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.core.utils.file_utils.list_data_dirs", lambda **_: [str(tmp_path / "tfds")])
     named = open_audio("tfds:ljspeech", OnlineSettings(columns="audio=speech,text=text,id=id"))
     assert sorted((named.utterance(i).id, named.utterance(i).text) for i in range(6)) == [(f"LJ{i}", f"no. {i}") for i in range(6)]
+
+
+def test_reading_processes_read_tfds(lj):
+    source = open_audio(str(lj), PLAIN)
+    readers = Readers([source], 1)
+    readers.submit((0, 3))
+    while not (received := readers.receive(1.0)):
+        pass
+    readers.close()
+    ((key, wave, reason),) = received
+    assert (key, reason) == ((0, 3), "")
+    np.testing.assert_array_equal(wave, source.wave(3))
 
 
 def test_librispeech_of_tfds_has_speakers_and_splits(tmp_path, monkeypatch):

@@ -40,6 +40,16 @@ def test_every_clip_once_and_whole(prompter, clips):
     assert sorted(found) == sorted(prompter.example(clip).tokens.tobytes() for clip in clips)
 
 
+def test_records_that_cannot_be_read_are_passed_over(prompter, clips):
+    gaps = [None if i % 10 == 3 else clip for i, clip in enumerate(clips)]
+    fit = measure([Source(gaps, prompter)], SHAPE.length, seed=0)
+    assert fit.clips == 135
+    found = [s["tokens"].tobytes() for batch in batches([Source(gaps, prompter)], SHAPE, seed=0, repeat=False) for s in segments(batch)]
+    assert sorted(found) == sorted(prompter.example(clip).tokens.tobytes() for clip in gaps if clip)
+    training = iter(batches([Source(gaps, prompter)], SHAPE, seed=0))
+    assert next(training)["tokens"].shape == (2, 4, 512)
+
+
 def test_rows(prompter, clips):
     for batch in batches([Source(clips, prompter)], SHAPE, seed=0, repeat=False):
         assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
