@@ -244,8 +244,8 @@ def _compiled_peak(step: TrainStep, accumulation: int, rows: int, length: int) -
             raise
         sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
         return max(map(float, sizes), default=0.0), False
-    # XLA's peak counts what lies on the host too.
-    return (analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes - analysis.host_temp_size_in_bytes) / 2**30, True
+    # XLA's peak counts arguments that lie on the host too.
+    return (analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes) / 2**30, True
 
 
 def describe(plan_: Plan, settings: Settings) -> str:
