@@ -220,7 +220,7 @@ def main() -> None:
     print(f"{time.strftime('%Y-%m-%d')}; {versions}; rounds of {CLIPS} clips, a tenth of them bad", flush=True)
     try:
         model, codec = make_model(folder / "model"), make_tiny_codec(folder / "codec")
-        while time.monotonic() - began < args.minutes * 60:
+        while not rounds or time.monotonic() - began < args.minutes * 60:
             one_round(folder / f"round{rounds}", model, codec, rounds, counts)
             rounds += 1
             print(f"{(time.monotonic() - began) / 60:5.1f} minutes, {rounds} rounds: {json.dumps(counts)}", flush=True)
