@@ -37,7 +37,7 @@ class MergedReader:
 
 
 def merged_reader(run: Path, step: int | None) -> MergedReader:
-    """The weights of a LoRA run, merged. UserError where its base is not there, is another model, or is quantised."""
+    """The weights of a LoRA run, merged. UserError where its base is not there, or is another model."""
     config, source = read_description(run)
     _, base = adapters_of(source)
     if quantization_of(source) != "none":

@@ -142,12 +142,12 @@ def test_a_run_learns_keeps_only_what_it_trained_and_resumes(bases, trained, tmp
     about = model_folder.read_about(run, 4)
     assert about["base"] == str(base)
     # Stopped and gone on with, on another mesh: the same losses, dropout and all.
-    settings = lora_settings(bases, tmp_path / "again", "rows", mesh={"data": -1, "fsdp": 4, "tensor": 1})
+    settings = lora_settings(bases, tmp_path / "again", "rows", mesh={"data": 1, "fsdp": 4, "tensor": 2})
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     again = train(settings, [make_clips()], [make_clips()[:3]])
     for step in (3, 4):
-        np.testing.assert_allclose(losses(again)[step], numbers[step], rtol=1e-5)
+        np.testing.assert_allclose(losses(again)[step], numbers[step], rtol=1e-4)
 
 
 def peft_adapter(bases, folder, tied=True, seed=0, **options):
@@ -274,11 +274,12 @@ def test_pickles_and_strangers_are_refused(bases, trained, tmp_path):
         export_hf(trained, tmp_path / "out", lora="adapter", verify=True)
 
 
-def test_nothing_goes_on_without_the_base_or_with_another(bases, tmp_path):
+def test_nothing_goes_on_without_the_base_or_with_another(bases, trained, tmp_path):
     shutil.copytree(bases / "ours-True", tmp_path / "ours-True")
-    settings = lora_settings(tmp_path, tmp_path / "run", "rows", train={"steps": 2})
-    run = train(settings, [make_clips()])
-    further = dataclasses.replace(settings, train=dataclasses.replace(settings.train, keep=3))
+    settings = lora_settings(tmp_path, tmp_path / "run", "rows")
+    run = shutil.copytree(trained, tmp_path / "run")
+    for file in (run / "settings.yaml", run / "model.json"):
+        file.write_text(file.read_text().replace(str(bases / "ours-True"), str(tmp_path / "ours-True")))
     (tmp_path / "ours-True").rename(tmp_path / "moved")
     gone = "holds adapters for the model in .*ours-True, which is not there; put it back"
     for attempt in (lambda: begin_with(settings), lambda: load(run), lambda: export_hf(run, tmp_path / "out", lora="merge")):
@@ -291,7 +292,7 @@ def test_nothing_goes_on_without_the_base_or_with_another(bases, tmp_path):
     model_folder.save_params(tmp_path / "ours-True", params)
     other = "holds adapters for another model than the one that is in .*ours-True now"
     for attempt in (
-        lambda: train(further, [make_clips()]),
+        lambda: train(settings, [make_clips()]),
         lambda: load(run),
         lambda: export_hf(run, tmp_path / "out", lora="merge"),
         lambda: verify(bases / "hf-True", run),
@@ -300,6 +301,6 @@ def test_nothing_goes_on_without_the_base_or_with_another(bases, tmp_path):
             attempt()
     with pytest.raises(UserError, match="is a LoRA run; merge it"):
         train(
-            dataclasses.replace(further, out=str(tmp_path / "on top"), model=dataclasses.replace(further.model, path=str(run))),
+            dataclasses.replace(settings, out=str(tmp_path / "on top"), model=dataclasses.replace(settings.model, path=str(run))),
             [make_clips()],
         )
