@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class CodesCache:
         self._folder, self._audio, self._splits, self._codec = Path(os.path.abspath(folder)), audio, splits, codec
         self._partial = self._folder.with_name(f"{self._folder.name}.partial")
         self._several = jax.process_count() > 1
+        self._lock = threading.Lock()  # a journal cannot be closed, and stays locked, while the encoder's thread is at it
         self._shared: sqlite3.Connection | None = None
         self._own: sqlite3.Connection | None = None
         self._new = False
@@ -52,21 +54,23 @@ class CodesCache:
 
     def get(self, index: int) -> np.ndarray | None:
         clip, key = self._audio.utterance(index).id, (*self._audio.key(index), self._codec.fingerprint)
-        for journal in filter(None, (self._own, self._shared)):
-            row = journal.execute("SELECT audio, size, mtime, codec, codes FROM codes WHERE id = ?", (clip,)).fetchone()
-            if row and row[:4] == key:
-                return np.frombuffer(row[4], "<u2").astype(np.uint16)
+        with self._lock:
+            for journal in filter(None, (self._own, self._shared)):
+                row = journal.execute("SELECT audio, size, mtime, codec, codes FROM codes WHERE id = ?", (clip,)).fetchone()
+                if row and row[:4] == key:
+                    return np.frombuffer(row[4], "<u2").astype(np.uint16)
         return None
 
     def put(self, clips: Sequence[tuple[int, np.ndarray]]) -> None:
-        if self._own is None:
-            return  # closed, while the codec was at its last clips
         rows = [
             (self._audio.utterance(i).id, *self._audio.key(i), self._codec.fingerprint, codes.astype("<u2").tobytes()) for i, codes in clips
         ]
-        with self._own:
-            self._own.executemany("INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?, ?, ?)", rows)
-        self._new = True
+        with self._lock:
+            if self._own is None:
+                return  # closed, while the codec was at its last clips
+            with self._own:
+                self._own.executemany("INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?, ?, ?)", rows)
+            self._new = True
 
     def finish(self, skipped: set[int]) -> None:
         """Writes the dataset if all clips but `skipped` have codes, and it is not there already. All hosts must ask."""
@@ -85,11 +89,10 @@ class CodesCache:
         hosts.largest(0)
 
     def close(self) -> None:
-        for journal in filter(None, (self._own, self._shared)):
-            # A thread that cannot be interrupted may be at it; what is committed is safe without.
-            with contextlib.suppress(sqlite3.Error):
+        with self._lock:
+            for journal in filter(None, (self._own, self._shared)):
                 journal.close()
-        self._own = self._shared = None
+            self._own = self._shared = None
 
     def _check(self) -> None:
         if not self._folder.is_dir() or not any(self._folder.iterdir()):

@@ -140,7 +140,7 @@ def _train(args) -> None:
     codec = codec_of(settings.sources, encoder and encoder.codec)
     examine_before_training(settings)
     with out_of_memory_explained(settings):
-        train(settings, records, validation, codec, adapter, encoder)
+        train(settings, records, validation, codec, adapter=adapter, encoder=encoder)
 
 
 def _plan(args) -> None:

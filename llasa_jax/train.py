@@ -38,6 +38,7 @@ def train(
     records: Sequence[Records],
     validation: Sequence[Records | None] = (),
     codec: dict[str, str] | None = None,
+    *,
     adapter: Adapter | None = None,
     encoder: Encoder | None = None,
 ) -> Path:

@@ -269,7 +269,7 @@ def test_commands(tmp_path, model, at_hand, capsys, monkeypatch):
     assert main(["doctor", "--config", str(config), "--data.paths=x"]) == 2
 
     trained = []
-    monkeypatch.setattr("llasa_jax.train.train", lambda *given: trained.append(given))
+    monkeypatch.setattr("llasa_jax.train.train", lambda *given, **_: trained.append(given))
     assert main(["train", "--config", str(config), *leaky]) == 2
     assert "the validation loss flatters" in capsys.readouterr().err
     assert not trained

@@ -345,7 +345,7 @@ def opened(model, out, manifest, codec, cache, **changes):
     settings = settings_for(model, out, data=data, **changes)
     records, validation = open_sources(settings.sources, online)
     encoder = open_encoder(settings, records, validation, codec)
-    return encoder, lambda: train(settings, records, validation, codec_of(settings.sources, codec), encoder)
+    return encoder, lambda: train(settings, records, validation, codec_of(settings.sources, codec), encoder=encoder)
 
 
 def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_path, monkeypatch, capsys):

@@ -72,7 +72,7 @@ def test_stopped_killed_and_gone_on_with(tmp_path, monkeypatch):
     for arguments in (online, (*common, f"--data.path={tmp_path / 'codes'}", f"--out={tmp_path / 'offline'}")):
         settings = parse_settings([*map(str, arguments[1:])])
         records, validation = open_sources(settings.sources, settings.data.online)
-        train_module.train(settings, records, validation, None, open_encoder(settings, records, validation, codec))
+        train_module.train(settings, records, validation, encoder=open_encoder(settings, records, validation, codec))
     assert 0 < len(codec.seen) <= 16 - 8 - 2
     assert len(losses(tmp_path / "online")) == STEPS
     assert losses(tmp_path / "online") == losses(tmp_path / "offline")
