@@ -175,7 +175,7 @@ def test_training_goes_on_from_peft(bases, tmp_path):
     tokens = some_tokens(theirs.config.vocab_size)
     expected = their_logits(theirs, tokens)
     # With a learning rate of zero what comes out is what went in.
-    run = train(dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=1)), [make_clips()], (), None, adapter)
+    run = train(dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=1)), [make_clips()], adapter=adapter)
     np.testing.assert_allclose(our_logits(run, tokens), expected, atol=1e-4)
 
 
