@@ -1,7 +1,6 @@
 """A folder that appears whole under its name, or not at all."""
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llasa_jax.errors import UserError
+from llasa_jax.locks import take_lock
 
 
 @contextmanager
@@ -26,7 +26,8 @@ def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
     try:
         _remove_abandoned(destination)
         partial.mkdir(parents=True)
-        lock = _lock(partial)
+        lock = os.open(partial, os.O_RDONLY)
+        take_lock(lock)
     except OSError as error:
         raise UserError(f"{destination} cannot be made ({error.strerror}); choose a folder that you may write to") from error
     try:
@@ -47,22 +48,12 @@ def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(folder: Path) -> int:
-    """The open, locked folder. BlockingIOError where another process has it."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        raise
-    return file
-
-
 def _remove_abandoned(destination: Path) -> None:
     for partial in destination.parent.glob(f".{destination.name}.*.partial"):
         try:
-            lock = _lock(partial)
+            lock = os.open(partial, os.O_RDONLY)
         except OSError:
-            continue
-        shutil.rmtree(partial, ignore_errors=True)
+            continue  # its owner has just renamed it, or may keep it from us
+        if take_lock(lock):
+            shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import yaml
 from llasa_jax import model_folder
 from llasa_jax.config import AdapterConfig
 from llasa_jax.errors import UserError
+from llasa_jax.locks import take_lock
 from llasa_jax.settings import Settings
 
 SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
@@ -26,7 +26,6 @@ MAY_CHANGE = (
     "data.doctor",
     *(f"data.online.{name}" for name in ("device", "queue", "workers", "read_ahead", "cache", "max_bad_share", "stall_seconds")),
     *("data.online.torch_threads", "data.online.gpu_memory"),
-    "model.remat",
     "optimizer.offload",
     "train.save_every",
     "train.keep",
@@ -52,7 +51,9 @@ def claimed(run: Path, settings: Settings, codec: dict[str, str] | None = None, 
             return
         run.mkdir(parents=True, exist_ok=True)
         with (run / LOCK_FILE).open("w") as lock:
-            _lock(lock, run)
+            # Without locks on its file system: better no guard than no training.
+            if take_lock(lock) is False:
+                raise UserError(f"another process is training in {run}; wait for its end or stop it, or choose another out folder")
             write_whole(run / SETTINGS_FILE, yaml.safe_dump(wanted, sort_keys=False))
             source = Path(settings.model.path)
             config, origin = model_folder.read_description(source)
@@ -98,18 +99,6 @@ def _check(run: Path, wanted: dict) -> None:
             )
     elif run.is_dir() and {entry.name for entry in run.iterdir()} - {LOCK_FILE, SETTINGS_FILE + ".partial"}:
         raise UserError(f"{run} already holds something that is no training run; choose another out folder")
-
-
-def _lock(file, run: Path) -> None:
-    """The kernel drops the lock when its holder ends, however it ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {run}; wait for its end or stop it, or choose another out folder") from None
-    except OSError as error:
-        # Some network filesystems have no locks: better no guard than no training.
-        if is_full(error):
-            raise
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

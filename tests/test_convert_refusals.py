@@ -325,6 +325,18 @@ def test_what_a_killed_import_left_is_removed(tmp_path):
     assert out in out.parent.iterdir()
 
 
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("llasa_jax.locks.fcntl.flock", no_locks)
+    (others := tmp_path / ".model.1.partial").mkdir()
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "whole").touch()
+    assert (tmp_path / "model/whole").is_file()
+    assert others.is_dir()  # nobody knows whether it is being filled
+
+
 def test_disk_too_small_is_told_before_anything_is_written(hf, tmp_path, monkeypatch):
     monkeypatch.setattr("llasa_jax.convert.new_folder.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     refuses(hf, "0.0 GB free and .* are needed")

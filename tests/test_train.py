@@ -178,7 +178,7 @@ def test_killed_while_the_folder_is_made_it_starts_again(model, clips, tmp_path,
     def killed(*_):
         raise KeyboardInterrupt
 
-    for name in ("write_whole", "_lock"):
+    for name in ("write_whole", "take_lock"):
         monkeypatch.setattr(run_folder, name, killed)
         with pytest.raises(KeyboardInterrupt), run_folder.claimed(tmp_path / "run", settings_for(model, tmp_path / "run")):
             pass
