@@ -1,10 +1,11 @@
 """A soak of online training among faults: `python benchmarks/online_soak.py --minutes 30`.
 
 Round after round, a run of one epoch is trained online with a real (tiny) codec. A tenth of its clips are bad. Meanwhile audio stalls,
-reading processes kill themselves and are killed, the codec raises in its thread, and the trainer is stopped (SIGTERM) and killed
-(SIGKILL), each at random; the same command goes on every time. At the end of a round every good clip must have been trained on in exactly
-one step, every bad one in none and be listed with its reason, and a step that was done twice must have had the same clips. Any other
-end of a process than those that were asked for, and three minutes without a step, fail.
+reading processes kill themselves and are killed, the codec raises in its thread, and the trainer is stopped (SIGTERM, SIGINT) and killed
+(SIGKILL), each at random, also while it starts; the same command goes on every time. At the end of a round every good clip must have been
+trained on in exactly one step, every bad one in none and be listed with its reason, and a step that was done twice must have had the same
+clips. Any other end of a process than those that were asked for, and three minutes without a step, fail. Longer stops than five seconds
+are told.
 """
 
 import argparse
@@ -27,11 +28,16 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARAL
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
+from llasa_jax.stop_signal import StopSignal  # noqa: E402
+
+if __name__ == "__main__" and "--train" in sys.argv:
+    StopSignal(at_once=True).__enter__()  # like `llasa-jax train`, before anything large is imported
+
 from online import children_of  # noqa: E402
 
 from llasa_jax.data.audio_sources import ManifestAudio  # noqa: E402
 
-CLIPS, HANGS_AFTER = 80, 180.0
+CLIPS, HANGS_AFTER, STOPS_WITHIN = 80, 180.0, 5.0
 STALL, READER_DIES, THREAD_DIES = 0.04, 0.03, 0.004  # chances a clip, or a batch in the codec
 
 
@@ -165,10 +171,16 @@ def one_process(config: Path, marks: Path, chance: random.Random, counts: collec
     reader = threading.Thread(target=lambda: said.extend(child.stdout), daemon=True)
     reader.start()
     steps = marks / "steps.jsonl"
+    # A third of the processes are sent a signal before any step, somewhere in the first ten seconds.
+    early = time.monotonic() + chance.uniform(0.1, 10.0) if chance.random() < 0.33 else float("inf")
     size, since, asked, asked_at = -1, time.monotonic(), 0, 0.0
     while child.poll() is None:
         time.sleep(0.1)
         grown = steps.stat().st_size if steps.exists() else 0
+        if not asked and time.monotonic() > early:
+            asked, asked_at = chance.choice((signal.SIGTERM, signal.SIGKILL, signal.SIGINT)), time.monotonic()
+            child.send_signal(asked)
+            counts[f"trainers sent {asked.name} as they start"] += 1
         if grown != size:
             size, since = grown, time.monotonic()
             draw = chance.random()
@@ -185,10 +197,14 @@ def one_process(config: Path, marks: Path, chance: random.Random, counts: collec
         if time.monotonic() - since > HANGS_AFTER:
             child.kill()
             raise SystemExit(f"no step for {HANGS_AFTER:.0f} s; the last that the trainer said:\n{''.join(said)[-3000:]}")
+    took = 0.0
     if asked in (signal.SIGTERM, signal.SIGINT):
-        counts["longest stop, s"] = max(counts["longest stop, s"], round(time.monotonic() - asked_at, 1))
+        took = round(time.monotonic() - asked_at, 1)
+        counts["longest stop, s"] = max(counts["longest stop, s"], took)
     reader.join()
     text = "".join(said)
+    if took > STOPS_WITHIN:
+        print(f"stopping by {asked.name} took {took} s; the last that the trainer said:\n{text[-1000:]}", flush=True)
     counts["warnings of stalls"] += text.count("stalled") + text.count("has waited")
     if child.returncode == 1 and "injected into the thread" in text:
         counts["threads that raised"] += 1

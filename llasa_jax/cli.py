@@ -10,6 +10,7 @@ from pathlib import Path
 from llasa_jax import __version__
 from llasa_jax.errors import UserError
 from llasa_jax.leave import leave
+from llasa_jax.stop_signal import StopSignal
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
 PREVIEW_HELP = "Show what the model will see: each record's tokens, with those that carry loss in colour."
@@ -118,6 +119,11 @@ def _tokenizer(name: str):
 
 
 def _train(args) -> None:
+    with StopSignal(at_once=True) as stop:
+        _train_until(stop, args.settings)
+
+
+def _train_until(stop: StopSignal, arguments: list[str]) -> None:
     from llasa_jax.convert.peft_adapter import begin_with
     from llasa_jax.data.doctor import examine_before_training
     from llasa_jax.data.online_cache import open_encoder
@@ -127,20 +133,21 @@ def _train(args) -> None:
     from llasa_jax.settings import parse_settings
     from llasa_jax.train import train
 
-    settings = parse_settings(args.settings)
+    settings = parse_settings(arguments)
     if any(source.mode == "online" for source in settings.sources):
         share_gpu(settings.data.online)
     if settings.mesh.hosts:
         import jax
 
         jax.distributed.initialize()
+        stop.listen()
     settings, adapter = begin_with(settings)
     records, validation = open_sources(settings.sources, settings.data.online)
     encoder = open_encoder(settings, records, validation)
     codec = codec_of(settings.sources, encoder and encoder.codec)
     examine_before_training(settings)
     with out_of_memory_explained(settings):
-        train(settings, records, validation, codec, adapter=adapter, encoder=encoder)
+        train(settings, records, validation, codec, adapter=adapter, encoder=encoder, stop=stop)
 
 
 def _plan(args) -> None:

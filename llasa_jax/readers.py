@@ -133,7 +133,7 @@ def _read(sources: Sequence[AudioSource], pipe) -> None:
     while True:
         try:
             source, index = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             result = _checked(sources[source].wave(index)), ""

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from llasa_jax.audio import write_audio
@@ -26,14 +27,15 @@ class Samples:
         self._vocab = prompter.vocab
         self._codec = load_codec(settings.codec)
 
-    def write(self, step: int, graphdef: nnx.GraphDef, params: dict, metrics: Metrics) -> None:
-        """Writes `samples/STEP_NUMBER.wav` for each text that the model has speech for, and gives it to TensorBoard and W&B."""
+    def speak(self, graphdef: nnx.GraphDef, params: dict) -> dict[int, np.ndarray]:
+        """The numbers of the texts that the model has speech for, and their waves, float32 (samples,)."""
         limits = [plausible_limit(text) for text in self._texts]
         spoken = generate_codes(graphdef, params, self._prompts, self._vocab, limits)
-        for number, result in enumerate(spoken):
-            if not len(result.codes):
-                continue
-            wave = self._codec.decode(result.codes)
+        return {number: self._codec.decode(result.codes) for number, result in enumerate(spoken) if len(result.codes)}
+
+    def write(self, step: int, waves: dict[int, np.ndarray], metrics: Metrics) -> None:
+        """Writes them as `samples/STEP_NUMBER.wav`, and gives them to TensorBoard and W&B."""
+        for number, wave in waves.items():
             metrics.audio(step, f"sample_{number}", wave, self._codec.sample_rate)
             try:
                 write_audio(self._folder / f"{step:06}_{number}.wav", wave, self._codec.sample_rate)

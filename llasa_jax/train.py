@@ -1,12 +1,15 @@
 """The training loop, in the order in which it happens."""
 
+import dataclasses
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from llasa_jax import hosts, model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
@@ -14,6 +17,7 @@ from llasa_jax.batching import BatchShape, Source, batches, measure
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.encoder import Encoder
 from llasa_jax.errors import UserError
+from llasa_jax.leave import unless
 from llasa_jax.lora import Adapter, adapter_config, count, join, new_adapters, place, split
 from llasa_jax.metrics import Metrics
 from llasa_jax.offload import check_host_memory
@@ -41,14 +45,15 @@ def train(
     *,
     adapter: Adapter | None = None,
     encoder: Encoder | None = None,
+    stop: StopSignal | None = None,
 ) -> Path:
     """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out` stopped. Returns the run's folder.
 
     `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a source that has none. `codec`, the
     `codec` and `fingerprint` of what made their codes, is kept with the run. `adapter` is what a LoRA run begins with, if not a new one,
     `encoder` makes the codes of records that are `PlannedClips`.
-    Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143. Raises UserError on settings that cannot work, on a full disk,
-    and on a loss that is no number.
+    Ctrl-C and SIGTERM save a checkpoint and stop with status 130 or 143; `stop` is what listens to them already, `at_once` so far. Raises
+    UserError on settings that cannot work, on a full disk, and on a loss that is no number.
     """
     # What is asked for, and whether it can be done
     run, source = Path(settings.out), Path(settings.model.path)
@@ -109,9 +114,11 @@ def train(
             start, trainable = 0, trainable if adapters else model_folder.restore_params(source, step_functions.trainable)
             opt_state = step_functions.init(trainable)
 
+        validate = step_functions.compile_validation(*dataclasses.astuple(shape)) if held_out else None
+
         # The steps
         step = start
-        with StopSignal() as stop, checkpoints, profiler, Metrics(run, settings.log, start) as metrics:
+        with nullcontext(stop) if stop else StopSignal() as stop, checkpoints, profiler, Metrics(run, settings.log, start) as metrics:
             throughput = Throughput(config, list(mesh.devices.flat), adapters)
             schedule = learning_rate_schedule(settings.optimizer, steps)
             alarm = LossAlarm(config.vocab_size)
@@ -123,8 +130,8 @@ def train(
                     failed = encoder is not None and not data.wait(lambda: stop.received)
                     if not failed and not stop.received:
                         batch = next(data)
-                        placed = _place(batch, step_functions)
-                if stop.agreed(failed):
+                        placed = _place(batch, step_functions.batch_sharding)
+                if hosts.stopped(stop, failed):
                     data.set_state(place)
                     break
                 if failed:
@@ -132,28 +139,32 @@ def train(
                 step += 1
                 profiler.before(step, trainable)
                 trainable, opt_state, numbers = step_functions.train(frozen, trainable, opt_state, placed)
+                stop.at_once = False
                 progress.add(step, numbers, shape.tokens)
                 checkpoints.check()
 
                 # What comes due between steps; on a signal only what must be, for the time is short
                 last, validation_loss = step == steps, None
                 often = settings.train.save_every, settings.train.validate_every, settings.log.samples_every
-                save, validate, speak = (last or step % every == 0 for every in often)
-                if not (save or validate or speak):
+                save, look, speak = (last or step % every == 0 for every in often)
+                if not (save or look or speak):
                     continue
                 progress.settle()
-                stopping = stop.agreed()
                 with throughput.pause():
-                    if held_out and not stopping and (validate or (save and settings.train.keep_best)):
+                    if held_out and (look or (save and settings.train.keep_best)):
                         unseen = hosts.evenly(batches(held_out, shape, **pipeline, repeat=False), jax.tree.map(np.zeros_like, batch))
-                        validation_loss = _validate(step, step_functions, frozen, trainable, unseen, metrics)
+                        score = partial(validate, frozen, trainable)
+                        validation_loss = _validate(step, score, unseen, step_functions.batch_sharding, metrics, stop)
                     if save:
                         checkpoints.save(step, trainable, opt_state, data, validation_loss)
-                    if samples and not stopping and speak:
-                        samples.write(step, step_functions.graphdef, join(frozen, trainable), metrics)
+                    if samples and speak and not stop.received:
+                        params = join(frozen, trainable)
+                        waves = unless(lambda: stop.received, partial(samples.speak, step_functions.graphdef, params))
+                        samples.write(step, waves or {}, metrics)
             if stop.received and step:
                 progress.settle()
                 checkpoints.save(step, trainable, opt_state, data)
+        stop.at_once = not stop.received
         if encoder and not stop.received:
             encoder.finish()
         if best := checkpoints.best():
@@ -179,11 +190,15 @@ def _begin_lora(source: Path, step_functions: TrainStep, adapter: Adapter | None
     return frozen, trainable, (source, model_folder.fingerprint(params, step_functions.mesh, source))
 
 
-def _validate(step: int, step_functions: TrainStep, frozen: dict, trainable: dict, held_out: Iterable[dict], metrics: Metrics) -> float:
-    """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target."""
+def _validate(
+    step: int, score: Callable[[dict], dict], held_out: Iterable[dict], sharding: NamedSharding, metrics: Metrics, stop: StopSignal
+) -> float | None:
+    """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target, or None where a signal ended it."""
     sums: dict[str, float] = {}
     for batch in held_out:
-        for name, value in step_functions.validate(frozen, trainable, _place(batch, step_functions)).items():
+        if hosts.stopped(stop):
+            return None
+        for name, value in score(_place(batch, sharding)).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
         raise UserError("no clip of the validation split fits a row; raise data.max_length, or choose another data.validation_split")
@@ -198,5 +213,5 @@ def _validate(step: int, step_functions: TrainStep, frozen: dict, trainable: dic
     return result["validation_loss"]
 
 
-def _place(batch: dict, step_functions: TrainStep) -> dict:
-    return {name: jax.make_array_from_process_local_data(step_functions.batch_sharding, array) for name, array in batch.items()}
+def _place(batch: dict, sharding: NamedSharding) -> dict:
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

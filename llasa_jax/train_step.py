@@ -69,14 +69,16 @@ class TrainStep:
 
     def compile(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
         """The train step for batches of this shape and the platform of the mesh's devices, which need not be at hand."""
-
-        shape, sharding = (accumulation, rows, length), self.batch_sharding
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in self.BATCH.items()}
+        traced = self.train.trace(self.frozen, self.trainable, self.opt_state, self._batch(accumulation, rows, length))
         platform = self.mesh.devices.flat[0].platform
-        lowered = self.train.trace(self.frozen, self.trainable, self.opt_state, batch).lower(
-            lowering_platforms=("cuda" if platform == "gpu" else platform,)
-        )
-        return lowered.compile()
+        return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).compile()
+
+    def compile_validation(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
+        """The validation step for batches of this shape."""
+        return self.validate.lower(self.frozen, self.trainable, self._batch(accumulation, rows, length)).compile()
+
+    def _batch(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding) for name, dtype in self.BATCH.items()}
 
     def _scores(self, frozen, trainable, micro_batch, dropout_key=None):
         """The rows of one micro-batch [rows, length], and the features and tables whose products are their scores."""

@@ -96,6 +96,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, model, clips, tmp_
     assert losses(tmp_path / "run") == losses(finished)
 
 
+def test_sigterm_ends_a_validation(model, clips, tmp_path, monkeypatch):
+    real_place, count = train_module._place, iter(range(100))
+
+    def place(*args):
+        if next(count) == 3:  # the first of the validation's batches after step 3
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_place(*args)
+
+    monkeypatch.setattr(train_module, "_place", place)
+    with pytest.raises(SystemExit):
+        train(settings_for(model, tmp_path / "run"), clips, [make_clips(60)])
+    assert next(count) == 4
+    assert model_folder.saved_steps(tmp_path / "run") == [2, 3]
+    assert not any("validation_loss" in line for line in lines_of(tmp_path / "run"))
+
+
 def test_a_damaged_checkpoint_is_passed_over(finished, model, clips, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "checkpoints" / "6" / "data" / "process_0-of-1.json").write_text('{"next_ind')
