@@ -14,7 +14,22 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from llasa_jax.prompts import Prompter  # noqa: E402
+from llasa_jax.tiny_llama import make_tiny_tokenizer  # noqa: E402
 
 # On busy cores, OpenMP's waiting threads make a minute of a second.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Llama-3-shaped, with the speech tokens. Not to be changed: all tests share it."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def prompter(tokenizer):
+    return Prompter(tokenizer)

@@ -10,14 +10,8 @@ from llasa_jax.batching import BatchShape, Source, batches, measure, pack_rows
 from llasa_jax.errors import UserError
 from llasa_jax.loss import chunked_cross_entropy
 from llasa_jax.prompts import Prompter, PromptSettings, Utterance
-from llasa_jax.tiny_llama import make_tiny_tokenizer
 
 SHAPE = BatchShape(accumulation=2, rows=4, length=512)
-
-
-@pytest.fixture(scope="module")
-def prompter():
-    return Prompter(make_tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +64,7 @@ def test_rows(prompter, clips):
         assert not batch["loss_mask"][batch["segment_ids"] == 0].any()
 
 
-def test_hidden_tokens_go_to_the_paddings_segment(clips):
-    tokenizer = make_tiny_tokenizer()
+def test_hidden_tokens_go_to_the_paddings_segment(clips, tokenizer):
     prompter = Prompter(tokenizer, PromptSettings(mask="upstream"))
     batch = next(iter(batches([Source(clips, prompter)], SHAPE, seed=0)))
     eot = batch["tokens"] == tokenizer.convert_tokens_to_ids("<|eot_id|>")
@@ -204,10 +197,8 @@ def test_early_rows_hold_as_many_clips_as_late_ones():
     assert abs(clips[:, :95].mean() - clips[:, 95:].mean()) < 0.055
 
 
-def test_packed_rows_learn_as_padded_ones_do(clips):
+def test_packed_rows_learn_as_padded_ones_do(clips, tokenizer, prompter):
     """Summed loss and gradients in float32: the same sums in another order."""
-    tokenizer = make_tiny_tokenizer()
-    prompter = Prompter(tokenizer)
     hf = hf_llama(vocab=len(tokenizer), initializer_range=0.1)
     config, params = config_of(hf), params_of(hf)
 

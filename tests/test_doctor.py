@@ -12,7 +12,7 @@ from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.doctor import check_codec, check_scans, check_tokenizer, doctor, examine_before_training
 from llasa_jax.data.scan import repeated_codes, scan, suspicious_pace
 from llasa_jax.errors import UserError
-from llasa_jax.prompts import Prompter, Utterance
+from llasa_jax.prompts import Utterance
 from llasa_jax.settings import DataSettings, ModelSettings, Settings
 from llasa_jax.tiny_llama import make_tiny_tokenizer
 
@@ -35,16 +35,6 @@ WORDS = [
     "ever",
     "true",
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def prompter(tokenizer):
-    return Prompter(tokenizer)
 
 
 def speech(count, seed=0, pace=3.5, language="en", prefix="clip"):

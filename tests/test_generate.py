@@ -18,7 +18,7 @@ from llasa_jax.prompts import Prompter, PromptSettings
 from llasa_jax.sampling import SamplingSettings
 from llasa_jax.sharding import make_mesh, parameter_shardings
 from llasa_jax.tiny import make_tiny_codec
-from llasa_jax.tiny_llama import make_tiny_llama, make_tiny_tokenizer
+from llasa_jax.tiny_llama import make_tiny_llama
 
 GREEDY = SamplingSettings(temperature=0)
 TEXTS = ["the quick brown fox", "dog", "nothing else that she said was ever true, over and over and over again"]
@@ -26,16 +26,6 @@ TEXTS = ["the quick brown fox", "dog", "nothing else that she said was ever true
 
 def graph_of(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat="none")))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def prompter(tokenizer):
-    return Prompter(tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,6 @@ LENGTH = 96
 TEXTS = ["the quick brown fox", "  said nothing, else.", "Ünï 日本 \U0001f600", "jumps over\nthe lazy dog"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
-
-
 def a_row(tokenizer, text, codes, text_ids=None):
     """One of upstream's rows: cut at LENGTH, or filled up with <|eot_id|>."""
 

@@ -12,12 +12,6 @@ from llasa_jax.data.records import open_sources
 from llasa_jax.preview import preview
 from llasa_jax.prompts import Prompter, Utterance
 from llasa_jax.settings import parse_settings
-from llasa_jax.tiny_llama import make_tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,6 @@ from llasa_jax.tiny_llama import make_tiny_tokenizer
 CODES = np.array([5, 65_535, 0, 7], np.uint16)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
-
-
 def spelled_out(tokenizer, text, codes, speaker=""):
     head = (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"

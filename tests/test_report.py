@@ -14,8 +14,7 @@ from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.report import report
 from llasa_jax.data.scan import scan
 from llasa_jax.errors import UserError
-from llasa_jax.prompts import Prompter, Utterance
-from llasa_jax.tiny_llama import make_tiny_tokenizer
+from llasa_jax.prompts import Utterance
 
 TEXT = "the quick brown fox jumps over the lazy dog, "
 
@@ -62,11 +61,6 @@ def folder(tmp_path_factory):
     bad.append({"id": "k", "reason": "no end: the row was cut", "kept": True})
     folder.with_name("voice & co.bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     return folder
-
-
-@pytest.fixture(scope="module")
-def prompter():
-    return Prompter(make_tiny_tokenizer())
 
 
 def test_the_page(folder, tmp_path, prompter):

@@ -14,14 +14,8 @@ from reference import config_of, hf_llama, our_llama, params_of
 from llasa_jax.batching import BatchShape, Source, batches
 from llasa_jax.loss import chunked_cross_entropy
 from llasa_jax.prompts import Prompter, PromptSettings, Utterance
-from llasa_jax.tiny_llama import make_tiny_tokenizer
 
 LENGTH = 192
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,6 @@ from llasa_jax.tiny_llama import make_tiny_tokenizer
 from llasa_jax.vocab import MARKERS, NUM_CODES, SpeechVocab, code_token, extend_tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tiny_tokenizer()
-
-
 def test_order_is_upstreams(tokenizer):
     plain = make_tiny_tokenizer(extend=False)
     vocab = SpeechVocab.of(tokenizer)
