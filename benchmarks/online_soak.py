@@ -152,9 +152,11 @@ def one_round(folder: Path, model: Path, codec: Path, seed: int, counts: collect
             raise SystemExit(f"step {step['step']} had {steps[step['step']]}, and other clips when it was done again: {step['ids']}")
     used = collections.Counter(clip for ids in steps.values() for clip in ids)
     twice, missed, wrong = [clip for clip, times in used.items() if times > 1], good - used.keys(), used.keys() - good
+    reasons = {bad["id"]: bad["reason"] for bad in map(json.loads, (folder / "run/bad.jsonl").read_text().splitlines())}
     if twice or missed or wrong:
-        raise SystemExit(f"clips used twice: {twice}; good and not used: {sorted(missed)}; bad and used: {sorted(wrong)}")
-    listed = {json.loads(line)["id"] for line in (folder / "run/bad.jsonl").read_text().splitlines()}
+        unused = {clip: reasons.get(clip, "no reason is listed") for clip in sorted(missed)}
+        raise SystemExit(f"clips used twice: {twice}; good and not used: {unused}; bad and used: {sorted(wrong)}")
+    listed = reasons.keys()
     if listed != {f"{clip:05d}" for clip in range(CLIPS)} - good:
         raise SystemExit(f"bad.jsonl lists {sorted(listed)}, not the bad clips")
     counts["reading processes that killed themselves"] += len([mark for mark in marks.iterdir() if mark.name.isdigit()])

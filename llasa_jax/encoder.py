@@ -269,8 +269,10 @@ class Encoder:
     def _receive(self, block: bool) -> list[tuple[Key, np.ndarray | None, str]]:
         self.doing = READING
         received = self._readers.receive(0.2 if block else 0)
-        slowest = self._readers.slowest() if block and not received else None
-        if slowest:
+        if not block or received:
+            return received
+        self.doing = "starting the processes that read audio"
+        if slowest := self._readers.slowest():
             key, seconds = slowest
             self.doing = f"{READING}{self._name(key)}"
             # Told after the time that is set, twice as long, four times: not for ever.

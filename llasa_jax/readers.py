@@ -14,6 +14,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.prompts import Utterance
 
 CHANCES = 3  # how many processes may die of one clip
+STARTS = 10  # how many processes in a row may die as they start
 Key = tuple[int, int]  # a source and the clip's index in it
 
 
@@ -43,6 +44,7 @@ class AudioSource(Protocol):
 class Readers:
     """`count` processes that read clips of `sources`. One that dies is replaced, and its clip read again by another.
 
+    They are given a clip once they have started, so that one that dies before is no clip's fault.
     Spawned, not forked: a fork of a process that runs JAX may hang. They leave signals to the trainer, which kills them with `close`, and
     end by themselves when it is gone.
     """
@@ -51,10 +53,12 @@ class Readers:
         self._sources, self._context = sources, multiprocessing.get_context("spawn")
         self._todo: deque[Key] = deque()
         self._deaths: Counter[Key] = Counter()
-        self._in_vain = 0  # deaths since anything was read
-        self._idle = [self._start() for _ in range(count)]
-        self._busy: dict = {}  # a process's pipe -> what it reads, since when, and the process
+        self._in_vain = 0  # processes that died as they started since one did not
+        self._idle: list = []  # processes, each after its pipe
+        self._busy: dict = {}  # a process's pipe -> what it reads (None while it starts), since when, and the process
         self._closed = False
+        for _ in range(count):
+            self._start()
 
     def submit(self, key: Key) -> None:
         """Asks for a clip, after all that were asked for before."""
@@ -73,16 +77,18 @@ class Readers:
                     return results
                 results += self._died(key, process)
                 continue
-            self._in_vain = 0
-            del self._deaths[key]
             self._idle.append((pipe, process))
-            results.append((key, wave, reason))
+            if key is None:
+                self._in_vain = 0
+            else:
+                del self._deaths[key]
+                results.append((key, wave, reason))
         self._hand_out()
         return results
 
     def slowest(self) -> tuple[Key, float] | None:
         """The clip that is being read the longest, and for how many seconds; None if nothing is."""
-        reading = [(since, key) for key, since, _ in list(self._busy.values())]
+        reading = [(since, key) for key, since, _ in list(self._busy.values()) if key is not None]
         if not reading:
             return None
         since, key = min(reading)
@@ -93,12 +99,12 @@ class Readers:
         for process in [process for _, process in self._idle] + [process for *_, process in list(self._busy.values())]:
             process.kill()
 
-    def _start(self):
+    def _start(self) -> None:
         ours, its = self._context.Pipe()
         process = self._context.Process(target=_read, args=(self._sources, its), daemon=True, name="llasa-jax reader")
         process.start()
         its.close()  # or its end would go unnoticed
-        return ours, process
+        self._busy[ours] = None, monotonic(), process
 
     def _hand_out(self) -> None:
         while self._todo and self._idle and not self._closed:
@@ -110,8 +116,13 @@ class Readers:
                 continue
             self._busy[pipe] = self._todo.popleft(), monotonic(), process
 
-    def _died(self, key: Key, process) -> list[tuple[Key, None, str]]:
+    def _died(self, key: Key | None, process) -> list[tuple[Key, None, str]]:
         code = self._replace(process)
+        if key is None:
+            self._in_vain += 1
+            if self._in_vain >= STARTS:
+                raise RuntimeError(f"{STARTS} processes that read audio died as they started, the last with exit code {code}")
+            return []
         self._deaths[key] += 1
         if self._deaths[key] < CHANCES:
             self._todo.appendleft(key)
@@ -120,18 +131,17 @@ class Readers:
 
     def _replace(self, process) -> int | None:
         process.join(1)
-        self._in_vain += 1
-        if self._in_vain > CHANCES * (len(self._idle) + len(self._busy) + 1):
-            raise RuntimeError(f"processes that read audio die at once, the last with exit code {process.exitcode}")
-        self._idle.append(self._start())
+        self._start()
         return process.exitcode
 
 
 def _read(sources: Sequence[AudioSource], pipe) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    result = None, ""  # the first thing that is sent: it has started
     while True:
         try:
+            pipe.send(result)
             source, index = pipe.recv()
         except (EOFError, OSError):
             return
@@ -141,10 +151,6 @@ def _read(sources: Sequence[AudioSource], pipe) -> None:
             result = None, str(error)
         except Exception as error:  # noqa: BLE001 decoders raise their own kinds, and one clip is not worth a run
             result = None, f"{type(error).__name__}: {error}"
-        try:
-            pipe.send(result)
-        except OSError:
-            return
 
 
 def _checked(wave: np.ndarray) -> np.ndarray:

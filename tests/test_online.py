@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -33,20 +34,14 @@ from llasa_jax.encoder import Encoder, PlannedClips, Skipped, share_gpu
 from llasa_jax.errors import UserError
 from llasa_jax.online import OnlineBatches
 from llasa_jax.preview import preview
-from llasa_jax.prompts import Prompter
+from llasa_jax.readers import CHANCES, STARTS, Readers
 from llasa_jax.settings import OnlineSettings, SourceSettings
 from llasa_jax.tiny import make_tiny_codec
-from llasa_jax.tiny_llama import make_tiny_tokenizer
 from llasa_jax.train import train
 
 SPEECH = Path(__file__).parent / "speech"
 SHAPE = BatchShape(accumulation=1, rows=2, length=512)
 OPTIONS = {"seed": 3, "too_long": "drop", "process": (0, 1)}
-
-
-@pytest.fixture(scope="module")
-def prompter():
-    return Prompter(make_tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +177,37 @@ def test_dead_readers_are_replaced(manifest, prompter, offline, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("[34].*")) == ["3.0", "4.0", "4.1"]
 
 
+@pytest.fixture
+def one_reader(manifest):
+    """A reading process, and what kills it while it starts."""
+    others = set(multiprocessing.active_children())
+    readers = Readers([ManifestAudio(manifest)], 1)
+    readers.submit((0, 3))
+
+    def kill():
+        (process,) = set(multiprocessing.active_children()) - others
+        process.kill()
+        return readers.receive(60.0)
+
+    yield readers, kill
+    readers.close()
+
+
+def test_a_reader_that_dies_as_it_starts_is_no_clips_fault(one_reader):
+    readers, kill = one_reader
+    assert [kill() for _ in range(CHANCES + 1)] == [[]] * (CHANCES + 1)
+    while not (received := readers.receive(60.0)):
+        pass
+    assert [(key, reason) for key, _, reason in received] == [((0, 3), "")]
+
+
+def test_readers_that_cannot_start_are_told(one_reader):
+    _, kill = one_reader
+    assert [kill() for _ in range(STARTS - 1)] == [[]] * (STARTS - 1)
+    with pytest.raises(RuntimeError, match=f"{STARTS} processes that read audio died as they started, the last with exit code -9"):
+        kill()
+
+
 def test_a_stalled_source_is_told(manifest, prompter):
     encoder, clips = encoder_of(SlowAudio(manifest, late=dict.fromkeys(range(16), 1.5)), stall_seconds=0.4)
     with encoder, pytest.warns(UserWarning, match=r"the data source is stalled: reading .*flac has taken \d s so far"):
@@ -264,19 +290,19 @@ def test_doctor_and_preview(manifest, model, tmp_path, monkeypatch):
         assert [f for f in doctor(settings) if f.check == "audio"][0].severity == "bad"
 
 
-def test_a_source_may_be_online_beside_one_that_is_not(manifest, offline, model, tmp_path):
+def test_a_source_may_be_online_beside_one_that_is_not(manifest, offline, model, prompter, tmp_path):
     offline(1)
     listed = [SourceSettings(str(manifest), mode="online", weight=0.7), SourceSettings(str(tmp_path / "codes"), weight=0.3)]
     settings = settings_for(model, tmp_path / "run", data={"path": "", "sources": listed, "online": OnlineSettings(torch_threads=1)})
     records, validation = open_sources(settings.sources, settings.data.online)
-    prompters = [Prompter(make_tiny_tokenizer())] * 2
     codec = CountingCodec()
     assert codec_of(settings.sources, codec)["fingerprint"] == "f1"
     with pytest.raises(UserError, match="encode both with the same codec"):
         codec_of(settings.sources, CountingCodec(fingerprint="f2"))
     with open_encoder(settings, records, validation, codec) as encoder:
-        found = OnlineBatches(encoder, list(map(Source, records, prompters, (0.7, 0.3))), SHAPE, **OPTIONS)
-        both = [Source(open_utterances(tmp_path / "codes", "train"), prompters[0], weight) for weight in (0.7, 0.3)]
+        mixed = [Source(one, prompter, weight) for one, weight in zip(records, (0.7, 0.3), strict=True)]
+        found = OnlineBatches(encoder, mixed, SHAPE, **OPTIONS)
+        both = [Source(open_utterances(tmp_path / "codes", "train"), prompter, weight) for weight in (0.7, 0.3)]
         wanted = iter(batches(both, SHAPE, **OPTIONS))
         same([next(found) for _ in range(4)], [next(wanted) for _ in range(4)])
 
@@ -348,7 +374,7 @@ def opened(model, out, manifest, codec, cache, **changes):
     return encoder, lambda: train(settings, records, validation, codec_of(settings.sources, codec), encoder=encoder)
 
 
-def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_path, monkeypatch, capsys):
+def test_training_online_is_training_offline(model, codec_folder, manifest, prompter, tmp_path, monkeypatch, capsys):
     """Eight devices, AdamW, validation; online with a cache, stopped in the middle and gone on with."""
     codec = load_codec(codec_folder)
     encode(manifest, tmp_path / "codes", codec, validation_share=0.2)
@@ -384,7 +410,7 @@ def test_training_online_is_training_offline(model, codec_folder, manifest, tmp_
         name, fingerprint, hop, sample_rate = codec.name, codec.fingerprint, 320, 16_000
 
     with opened(model, tmp_path / "again", manifest, Unneeded(), tmp_path / "cache")[0] as encoder:
-        (clips, _), prompter = encoder.splits, Prompter(make_tiny_tokenizer())
+        clips, _ = encoder.splits
         source = Source(open_utterances(tmp_path / "codes", "train"), prompter)
         wanted = iter(batches([source], SHAPE, **OPTIONS))
         same([batch for batch, _ in online(encoder, clips, prompter, 9)], [next(wanted) for _ in range(9)])
