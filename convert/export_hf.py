@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from llasa_jax.config import ModelConfig
 from llasa_jax.convert.hf_config import dtype_key
 from llasa_jax.convert.hf_files import (
     CARD,
@@ -64,7 +65,9 @@ def export_hf(
         raise UserError(f"{source} is a LoRA run; say whether you want its adapter alone (--lora adapter) or a whole model (--lora merge)")
     where = params_folder(source, step)
     if lora == "adapter":
-        _export_adapter(source, destination, where, dtype, verify)
+        if verify:
+            raise UserError("--verify compares whole models; give it with --lora merge")
+        _export_adapter(source, destination, config, origin, int(where.parent.name), dtype)
         if push_to_hub:
             _push(destination, push_to_hub)
         return
@@ -128,13 +131,9 @@ def _export_parameter(
     return {name: kind for name, kind in faults.items() if kind}
 
 
-def _export_adapter(source: Path, destination: Path, where: Path, dtype: str | None, verify: bool) -> None:
-    config, origin = read_description(source)
-    adapters, base = adapters_of(origin)
-    if verify:
-        raise UserError("--verify compares whole models; give it with --lora merge")
+def _export_adapter(source: Path, destination: Path, config: ModelConfig, origin: dict, step: int, dtype: str | None) -> None:
+    _, base = adapters_of(origin)
     check_base(source, base)
-    step = int(where.parent.name)
     with new_folder(destination) as partial:
         stored = named_dtype(dtype or "float32")
         write_adapter(partial, open_adapter(source, base, step), config, base_name(base), stored)

@@ -16,25 +16,21 @@ DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
 PREVIEW_HELP = "Show what the model will see: each record's tokens, with those that carry loss in colour."
 
 
+def _given(args, *but: str) -> dict:
+    """The command's arguments, named as the parameters of the function that it calls."""
+    return {name: value for name, value in vars(args).items() if name not in ("run", "command", "settings", *but)}
+
+
 def _import_hf(args) -> None:
     from llasa_jax.convert.import_hf import import_hf
 
-    import_hf(args.source, args.destination, dtype=args.dtype, extend_vocab=args.extend_vocab, seed=args.seed)
+    import_hf(**_given(args))
 
 
 def _export_hf(args) -> None:
     from llasa_jax.convert.export_hf import export_hf
 
-    export_hf(
-        args.source,
-        args.destination,
-        step=args.step,
-        dtype=args.dtype,
-        max_shard_size=args.max_shard_size,
-        verify=args.verify,
-        push_to_hub=args.push_to_hub,
-        lora=args.lora,
-    )
+    export_hf(**_given(args))
 
 
 def _verify(args) -> None:
@@ -46,63 +42,25 @@ def _verify(args) -> None:
 def _encode(args) -> None:
     from llasa_jax.data.encode import encode
 
-    encode(
-        args.manifest,
-        args.out,
-        args.codec,
-        device=args.device,
-        validation_share=args.validation_share,
-        seed=args.seed,
-        max_bad_share=args.max_bad_share,
-        batch_seconds=args.batch_seconds,
-        workers=args.workers,
-    )
+    encode(**_given(args))
 
 
 def _import_memmap(args) -> None:
     from llasa_jax.data.import_memmap import import_memmap
 
-    import_memmap(
-        args.source,
-        args.out,
-        _tokenizer(args.tokenizer),
-        codec_name=args.codec_name,
-        keep_cut=args.keep_cut,
-        max_bad_share=args.max_bad_share,
-    )
+    import_memmap(tokenizer=_tokenizer(args.tokenizer), **_given(args, "tokenizer"))
 
 
 def _import_codes(args) -> None:
     from llasa_jax.data.import_codes import import_codes
 
-    import_codes(
-        args.source,
-        args.transcripts,
-        args.out,
-        codec_name=args.codec_name,
-        code_offset=args.code_offset,
-        validation_share=args.validation_share,
-        seed=args.seed,
-        max_bad_share=args.max_bad_share,
-    )
+    import_codes(**_given(args))
 
 
 def _import_hf_dataset(args) -> None:
     from llasa_jax.data.import_hf_dataset import import_hf_dataset, parse_columns
 
-    import_hf_dataset(
-        args.source,
-        args.out,
-        parse_columns(args.columns),
-        args.codec,
-        device=args.device,
-        config=args.subset,
-        codec_name=args.codec_name,
-        code_offset=args.code_offset,
-        validation_share=args.validation_share,
-        seed=args.seed,
-        max_bad_share=args.max_bad_share,
-    )
+    import_hf_dataset(columns=parse_columns(args.columns), **_given(args, "columns"))
 
 
 def _tokenizer(name: str):
@@ -304,9 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-seconds", type=float, default=600.0, help="seconds of audio between two writes to the journal")
     sub.add_argument("--workers", type=int, default=4, help="threads that read audio")
 
-    def importing(name: str, run, help: str, source: str) -> argparse.ArgumentParser:
+    def importing(name: str, run, help: str, **source: str) -> argparse.ArgumentParser:
         sub = command(name, run, help)
-        sub.add_argument("source", help=source)
+        for argument, what in source.items():
+            sub.add_argument(argument, help=what)
         if run is _import_codes:
             sub.add_argument("transcripts", type=Path, help="lines of id|text, or a .jsonl file with id and text")
         sub.add_argument("out", type=Path, help="a new folder for the dataset")
@@ -318,15 +277,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--seed", type=int, default=0, help="of the choice of validation clips")
         return sub
 
-    sub = importing("import-memmap", _import_memmap, "Bring upstream's memmap files into our format.", "a folder of *_input_ids.memmap")
+    sub = importing("import-memmap", _import_memmap, "Bring upstream's memmap files into our format.", folder="one with *_input_ids.memmap")
     sub.add_argument("--tokenizer", default="HKUSTAudio/Llasa-1B", help="the tokenizer of the ids: a folder or a hub id")
     sub.add_argument("--keep-cut", action="store_true", help="keep rows that were cut, which teach the model never to stop")
-    importing("import-codes", _import_codes, "Bring folders of ID.npy or ID.wav.npy codes into our format.", "the folder of the codes")
-    sub = importing("import-hf-dataset", _import_hf_dataset, "Bring a Hugging Face dataset into our format.", "a folder or a hub id")
+    importing("import-codes", _import_codes, "Bring folders of ID.npy or ID.wav.npy codes into our format.", folder="where the codes are")
+    sub = importing("import-hf-dataset", _import_hf_dataset, "Bring a Hugging Face dataset into our format.", source="a folder or a hub id")
     sub.add_argument(
         "--columns", required=True, help="codes=COLUMN or audio=COLUMN, text=COLUMN, and any of id, speaker, language, description"
     )
-    sub.add_argument("--subset", help="the dataset's configuration, if it has several")
+    sub.add_argument("--subset", dest="config", metavar="SUBSET", help="the dataset's configuration, if it has several")
     sub.add_argument("--codec", default=DEFAULT_CODEC, help="the codec that encodes a column of audio")
     sub.add_argument("--device", default="cpu", help="PyTorch's name of the device that encodes")
 
