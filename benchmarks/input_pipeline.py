@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
 
 import numpy as np  # noqa: E402
+from lengths import ljspeech_seconds  # noqa: E402
 
 from llasa_jax.batching import BatchShape, Source, batches  # noqa: E402
 from llasa_jax.data.builder import write_dataset  # noqa: E402
@@ -32,11 +33,10 @@ WRITTEN_AT_MOST = 100_000
 
 
 def clips(count: int):
-    """Records whose durations are spread as LJSpeech's: most of them long, none beyond 10.1 s."""
+    """Records of LJSpeech's durations."""
     rng = np.random.default_rng(0)
     words = sorted({word for text in SAMPLE_TEXT for word in text.split()})
-    for i in range(count):
-        seconds = 1.1 + 9.0 * rng.beta(2.2, 1.4)
+    for i, seconds in enumerate(ljspeech_seconds(count, rng)):
         text = " ".join(rng.choice(words, max(1, round(seconds * 15 / 6))))
         codes = rng.integers(0, 65_536, int(seconds * 50) + 1).astype(np.uint16)
         yield {"id": f"{i:07d}", "text": text, "codes": codes, "speaker": "", "description": "", "language": "en"}

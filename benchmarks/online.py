@@ -102,6 +102,7 @@ class Bench:
 
 def compare(bench: Bench, clips: int, turns: int) -> None:
     import numpy as np
+    from lengths import ljspeech_seconds
 
     from llasa_jax.audio import read_audio
     from llasa_jax.batching import BatchShape, Source, measure
@@ -111,7 +112,7 @@ def compare(bench: Bench, clips: int, turns: int) -> None:
     from llasa_jax.prompts import Prompter, PromptSettings
 
     rng = np.random.default_rng(0)
-    seconds = 1.1 + 9.0 * rng.beta(2.2, 1.4, clips)
+    seconds = ljspeech_seconds(clips, rng)
     manifest = write_clips(bench.speech, bench.folder / "clips", seconds.tolist())
     records = bench.folder / "records"
     encode(manifest, records, bench.codec)
