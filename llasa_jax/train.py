@@ -164,7 +164,7 @@ def train(
             if stop.received and step:
                 progress.settle()
                 checkpoints.save(step, trainable, opt_state, data)
-        stop.at_once = not stop.received
+        stop.at_once = not hosts.stopped(stop)
         if encoder and not stop.received:
             encoder.finish()
         if best := checkpoints.best():
