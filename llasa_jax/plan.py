@@ -7,9 +7,10 @@ import dataclasses
 import importlib.util
 import os
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 
 import jax
@@ -120,6 +121,8 @@ def plan(settings: Settings, config: ModelConfig, topology: str, rows_per_device
     else:
         peak, fits = _compiled_peak(step, accumulation, rows, length)
         peak = max(peak, sum(held.values()))
+        # Only the TPU compiler refuses what is too large.
+        fits = fits and not (device and peak > device.memory)
     shape = StepShape(rows, length, accumulation, *mesh.shape.values(), settings.model.remat)
     seconds = step_seconds(config, shape, device, adapters, lora.quantize) if device else {}
     return Plan(
@@ -149,27 +152,47 @@ def with_dataset(plan_: Plan, settings: Settings, tokens: float) -> Plan:
 
 
 def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> float | None:
-    """Tokens of the dataset: counted where model and data are here, reckoned from `speech_hours`, or None if neither."""
+    """Tokens of an epoch, padding included: counted where model and data are here, reckoned from `speech_hours`, or None if neither."""
     if speech_hours:
         return speech_hours * 3600 * CODES_PER_SECOND * TOKENS_PER_CODE
-    tokenizer = Path(settings.model.path) / model_folder.HF_FOLDER
-    if not (Path(settings.data.path).is_dir() and tokenizer.is_dir()):
+    paths = [Path(settings.model.path) / model_folder.HF_FOLDER, *(Path(source.path) for source in settings.sources)]
+    if not all(path.exists() for path in paths):
         return None
-    from transformers import AutoTokenizer
-
-    from llasa_jax.batching import measure
-    from llasa_jax.data.records import open_utterances
+    from llasa_jax.batching import Source, measure
+    from llasa_jax.data.records import open_sources
     from llasa_jax.prompts import Prompter
 
-    prompter = Prompter(AutoTokenizer.from_pretrained(tokenizer), settings.prompt)
-    return measure(open_utterances(settings.data.path, settings.data.train_split), prompter, settings.data.max_length).tokens
+    tokenizer = model_folder.load_tokenizer(Path(settings.model.path))
+    records, _ = open_sources(settings.sources, settings.data.online)
+    sources = [Source(its, Prompter(tokenizer, each.prompt), each.weight) for its, each in zip(records, settings.sources, strict=True)]
+    options = {"seed": settings.train.seed, "pack": settings.data.pack, "too_long": settings.data.too_long}
+    fit = measure(sources, settings.data.max_length, **options)
+    return fit.rows * fit.length
 
 
 def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
-    """The plan with the most rows a device that fit, a power of two; None if not even one does."""
-    best, rows = None, 1
-    while (tried := plan(settings, config, topology, rows)).fits:
-        best, rows = tried, rows * 2
+    """The plan with the most rows a device that fit; None if not even one does. Tells on stderr what it has tried.
+
+    Every row takes about as much as the one before, so two tries say near which number to look. UserError without a known limit.
+    """
+    best = before = None
+    rows, refused = 1, inf
+    while best is None or best.rows_per_device + 1 < refused:
+        tried = _tell(plan(settings, config, topology, rows))
+        if tried.hbm_gib is None:
+            raise UserError(f"a device of {topology} has memory of no known size, so there is no limit to search for; name a --topology")
+        if not tried.fits:
+            if best is None:
+                return None
+            refused = rows
+            rows = int(best.rows_per_device + refused) // 2
+            continue
+        before, best = best, tried
+        rows = int(2 * best.rows_per_device)
+        if before:
+            a_row = (best.peak_hbm_gib - before.peak_hbm_gib) / (best.rows_per_device - before.rows_per_device)
+            left = (best.hbm_gib - best.peak_hbm_gib) / max(a_row, 1e-6)
+            rows = int(best.rows_per_device + max(1, min(left, 3 * best.rows_per_device, refused - 1 - best.rows_per_device)))
     return best
 
 
@@ -184,12 +207,18 @@ def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan
         if settings.mesh.data == 1 and at_least > device.memory:
             continue
         try:
-            tried = plan(settings, config, name, 1)
+            tried = _tell(plan(settings, config, name, 1))
         except UserError:
             continue
         if tried.fits:
             return tried
     return None
+
+
+def _tell(tried: Plan) -> Plan:
+    verdict = f"{'fits' if tried.fits else 'does not fit'}, {tried.peak_hbm_gib:.2f} GiB"
+    print(f"{tried.topology}, {tried.rows_per_device:g} rows a device: {verdict}", file=sys.stderr, flush=True)
+    return tried
 
 
 def _shapes(config: ModelConfig) -> list[tuple[int, ...]]:

@@ -1,7 +1,9 @@
 """The whole way, as a newcomer sees it: the demo on real speech, then what it leaves behind, read by others' code alone."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
+from llasa_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +71,15 @@ def test_weights_changed_and_tokenizer_did_not(demo):
     assert all(before[name].shape == after[name].shape and not torch.equal(before[name], after[name]) for name in before)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / "hf" / name).read_bytes() == (out / "release" / name).read_bytes()
+
+
+def test_the_plan_counts_the_steps_that_training_takes(demo, capsys):
+    out, said = demo
+    places = (f"--model.path={out / 'model'}", f"--data.path={out / 'records'}", "--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1")
+    epochs = ("--train.steps=0", "--train.epochs=30")
+    assert main(["plan", "--config", str(ROOT / "configs/demo.yaml"), "--topology", "h100:1", "--json", *places, *epochs]) == 0
+    rows = int(re.search(r"an epoch: 8 clips, \d+ tokens in (\d+) rows of 256", said)[1])
+    assert json.loads(capsys.readouterr().out)["steps"] == math.ceil(30 * rows / 4)
 
 
 def test_records_are_anybodys(demo):
