@@ -91,11 +91,12 @@ def step_seconds(
     micro_tokens = shape.rows * shape.length / (shape.data * shape.fsdp)  # of one device and one micro-batch
     D, L, V = config.hidden_size, config.num_hidden_layers, config.padded_vocab_size
     weights = layer_weights(config) / shape.tensor
-    passes = 3 if shape.remat == "none" else 4  # forward, recomputed, and two backward
-    over_weights = passes - (adapters is not None)
+    # Forward, recomputed, and two backward; "dots" recomputes attention, and no product with weights.
+    over_attention = 3 if shape.remat == "none" else 4
+    over_weights = (3 if shape.remat in ("none", "dots") else 4) - (adapters is not None)
     trained = all_weights(config) if adapters is None else count(config, adapters)[0]
     context = 2 * L * config.num_attention_heads * config.head_dim * shape.length / 2
-    layers = 2 * micro_tokens * (over_weights * weights + passes * context / shape.tensor)
+    layers = 2 * micro_tokens * (over_weights * weights + over_attention * context / shape.tensor)
     loss = (6 if _trains_head(config, adapters) else 4) * micro_tokens * V * D / shape.tensor
     flops = shape.accumulation * (layers + loss)
 
