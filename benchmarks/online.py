@@ -2,8 +2,8 @@
 
 An epoch of real speech, cut to LJSpeech's lengths, is (1) encoded alone, by the codec with all waves in memory, (2) trained on, its codes
 ready on disk, and (3) trained on online, from FLAC files. (3) must take no longer than 1.05 times the longer of (1) and (2), and the
-start-up, which is what (2) takes with one step. The three take turns. The codec has one thread and JAX has one, so that on two cores
-neither takes from the other; codec and model are tiny ones of the real classes. Then a thousand online steps
+start-up, which is what training takes with one step: (2) and (3) each have their own. They take turns. The codec has one thread and JAX
+has one, so that on two cores neither takes from the other; codec and model are tiny ones of the real classes. Then a thousand online steps
 of short clips, and the memory of the training process and its readers along the way.
 """
 
@@ -123,14 +123,14 @@ def compare(bench: Bench, clips: int, turns: int) -> None:
     for side, path in ((bench.offline, records), (bench.online, manifest)):  # compiles, and keeps the program on disk
         side(path, length, 2)
     print(f"{clips} clips, {seconds.sum():.0f} s of speech; {steps} steps of {length} tokens; load before: {os.getloadavg()[0]:.1f}")
-    heads = ("start-up", "encoding alone", "steps on codes", "online", "ratio")
+    heads = ("starting offline", "starting online", "encoding alone", "steps on codes", "online", "ratio")
     print(" ".join(f"{head:>16}" for head in heads))
     rows = []
     for _ in range(turns):
-        start = bench.offline(records, length, 1)
-        alone, steps_alone = bench.encode(waves), bench.offline(records, length, steps) - start
-        online = bench.online(manifest, length, steps) - start
-        rows.append((start, alone, steps_alone, online, online / max(alone, steps_alone)))
+        starts = bench.offline(records, length, 1), bench.online(manifest, length, 1)
+        alone, steps_alone = bench.encode(waves), bench.offline(records, length, steps) - starts[0]
+        online = bench.online(manifest, length, steps) - starts[1]
+        rows.append((*starts, alone, steps_alone, online, online / max(alone, steps_alone)))
         print(" ".join(f"{value:>14.2f} s" for value in rows[-1][:-1]) + f" {rows[-1][-1]:>15.3f}", flush=True)
     median = sorted(row[-1] for row in rows)[len(rows) // 2]
     print(f"load after: {os.getloadavg()[0]:.1f}; online less start-up is {median:.3f}x the longer half, {MUST_REACH} is asked for")

@@ -1,4 +1,7 @@
-"""Where online training's audio comes from. A source is an `AudioSource` (see llasa_jax/readers.py)."""
+"""Where online training's audio comes from. A source is an `AudioSource` (see llasa_jax/readers.py).
+
+Reading processes import this module, so it imports little.
+"""
 
 import os
 from collections.abc import Sequence
@@ -7,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from llasa_jax.audio import audio_samples, read_audio
-from llasa_jax.data.audio_tables import is_tfds_folder, open_hf_audio, open_tfds_audio
-from llasa_jax.data.import_hf_dataset import parse_columns
 from llasa_jax.data.manifest import assign_splits, file_key, read_manifest
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import Utterance
@@ -56,6 +57,9 @@ class ManifestAudio:
 
 def open_audio(path: str, online: OnlineSettings) -> AudioSource:
     """The source that a `path` of the settings names: a manifest, a dataset's folder or hub id, or `tfds:NAME`. UserError if it is none."""
+    from llasa_jax.data.audio_tables import is_tfds_folder, open_hf_audio, open_tfds_audio
+    from llasa_jax.data.import_hf_dataset import parse_columns
+
     columns = parse_columns(online.columns, "data.online.columns") if online.columns else {}
     if "codes" in columns:
         raise UserError(f"data.online.columns {online.columns} names codes, but online training makes them; name the column of audio.")

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+Quantization = Literal["none", "int8", "nf4"]  # how a frozen matrix is kept (see llasa_jax.quantize)
 # Both tables are padded to a multiple of this, so that any usual `tensor` axis divides them; the padding's logits are
 # masked, and what is exported has the tokenizer's own size.
 VOCAB_MULTIPLE = 512

@@ -242,6 +242,8 @@ class Encoder:
                 cache.finish(self.skipped.of(number))
 
     def __enter__(self):
+        if not all(self._caches):
+            self._start_readers()  # while the model is loaded
         return self
 
     def __exit__(self, *error):
@@ -261,10 +263,13 @@ class Encoder:
         codes = self._caches[number].get(index) if self._caches[number] else None
         return codes is not None and len(codes) == len(clip.codes), codes
 
-    def _read(self, key: Key) -> None:
+    def _start_readers(self) -> Readers:
         if self._readers is None:
             self._readers = Readers(self._sources, self.settings.workers)
-        self._readers.submit(key)
+        return self._readers
+
+    def _read(self, key: Key) -> None:
+        self._start_readers().submit(key)
 
     def _receive(self, block: bool) -> list[tuple[Key, np.ndarray | None, str]]:
         self.doing = READING

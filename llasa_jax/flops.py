@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from math import prod
 
-from llasa_jax.config import AdapterConfig, ModelConfig
+from llasa_jax.config import AdapterConfig, ModelConfig, Quantization
 from llasa_jax.hardware import Device
 from llasa_jax.lora import count
 from llasa_jax.model import adapter_axes, sizes
-from llasa_jax.quantize import Quantization
 
 # Bytes that one token moves to and from memory in one layer, in units of 2-byte elements: reads and writes of activations around
 # the products and norms, forward, recomputed and backward.

@@ -24,10 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llasa_jax.config import AdapterConfig, ModelConfig, RopeScaling
+from llasa_jax.config import AdapterConfig, ModelConfig, Quantization, RopeScaling
 from llasa_jax.errors import UserError
 from llasa_jax.lora import join, split
-from llasa_jax.quantize import Quantization, Quantized, quantize_stack
+from llasa_jax.quantize import Quantized, quantize_stack
 from llasa_jax.sharding import abstract_params
 
 if TYPE_CHECKING:

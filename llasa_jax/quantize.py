@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Quantization = Literal["none", "int8", "nf4"]
+from llasa_jax.config import Quantization
+
 TILE = 64
 # The published values, ascending. A weight gets the nearest.
 NF4 = (

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 import yaml
 
+from llasa_jax.config import Quantization
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import PromptSettings
-from llasa_jax.quantize import Quantization
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -10,10 +10,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llasa_jax.config import AdapterConfig, ModelConfig
+from llasa_jax.config import AdapterConfig, ModelConfig, Quantization
 from llasa_jax.errors import UserError
 from llasa_jax.model import INPUTS, LAYER_AXES, Layout, parameter_axes, sizes
-from llasa_jax.quantize import Quantization, Quantized, quantize
+from llasa_jax.quantize import Quantized, quantize
 
 LAYER_MATRICES = tuple(name for name in LAYER_AXES if name in INPUTS)
 MESH_AXES = ("data", "fsdp", "tensor")

@@ -11,12 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.attention import choose_attention
-from llasa_jax.config import AdapterConfig, ModelConfig
+from llasa_jax.config import AdapterConfig, ModelConfig, Quantization
 from llasa_jax.lora import join, split
 from llasa_jax.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model import Llama
 from llasa_jax.offload import place_state
-from llasa_jax.quantize import Quantization
 from llasa_jax.settings import ModelSettings
 from llasa_jax.sharding import ROWS, MeshLayout, abstract_params
 

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -175,6 +177,13 @@ def test_dead_readers_are_replaced(manifest, prompter, offline, tmp_path):
         same([b for b, _ in online(encoder, clips, prompter, 4)], [b for b, _ in offline(4)])
     assert len(encoder.skipped) == 0
     assert sorted(path.name for path in tmp_path.glob("[34].*")) == ["3.0", "4.0", "4.1"]
+
+
+def test_a_reader_imports_little():
+    program = "import sys, llasa_jax.data.audio_sources\nprint(*{name.split('.')[0] for name in sys.modules})"
+    imported = set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+    assert "soundfile" in imported
+    assert not imported & {"jax", "torch", "transformers", "tensorflow_datasets", "grain", "datasets", "scipy"}
 
 
 @pytest.fixture
