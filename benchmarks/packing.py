@@ -91,8 +91,8 @@ class Upstream:
 
     def __init__(self, given: Sides):
         torch.manual_seed(0)
-        its = {name: value for name, value in asdict(given.config).items() if name in LlamaConfig().to_dict() and name != "rope_scaling"}
-        config = LlamaConfig(**its, max_position_embeddings=LENGTH, attn_implementation="sdpa")
+        its = {name: value for name, value in asdict(given.config).items() if name != "rope_scaling"}
+        config = LlamaConfig(**its | {"max_position_embeddings": LENGTH, "attn_implementation": "sdpa"})
         with torch.device(given.device):
             self.model = LlamaForCausalLM(config).to(given.dtype)
         options = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     given, rng = sides(args.gpu), np.random.default_rng(0)
     per_step, rows_per_step = prod(given.clips), prod(given.rows)
-    clips = make_clips(max(7 * rows_per_step, per_step) * (args.rounds + 1), rng)
+    clips = make_clips(max(400, 7 * rows_per_step * (args.rounds + 1), per_step * (args.rounds + 1)), rng)
     lengths = np.array(list(map(len, clips)))
     rows = pack_rows(lengths.tolist(), LENGTH)
     fill = lengths.sum() / (len(rows) * LENGTH)
