@@ -199,7 +199,8 @@ def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan 
 def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
     """The plan on the smallest machine of this kind on which one row a device fits; None if the largest known is too small."""
     kind, device, gpus = parse_topology(topology)
-    bytes_a_weight = 0.5 if settings.lora.rank else 16
+    # At the least: weights in few bits, or weights and gradients; what the optimizer keeps may lie on the host.
+    bytes_a_weight = 0.5 if settings.lora.rank else 2 * np.dtype(settings.model.param_dtype).itemsize
     for shape in [f"{n}" for n in (1, 2, 4, 8)] if gpus else device.slices:
         name = f"{kind}:{shape}"
         chips = int(shape) if gpus else prod(map(int, shape.split("x"))) * device.devices_per_chip

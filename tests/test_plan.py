@@ -130,6 +130,20 @@ def test_search_finds_the_most_rows_in_few_tries(monkeypatch, most, constant, be
         plan.search_rows(SETTINGS, TINY, "here")
 
 
+def test_search_passes_over_slices_that_cannot_hold_the_weights_alone(monkeypatch):
+    tries = []
+
+    def pretend(settings, config, topology, rows):
+        tries.append(topology)
+        return dataclasses.replace(known, topology=topology, fits=topology == "v5e:4x4")
+
+    known = plan.plan(SETTINGS, TINY, "h100:1")
+    monkeypatch.setattr(plan, "plan", pretend)
+    # 64 GiB of weights and gradients on 8 chips of 15.75: with the optimizer's state on the host these are enough.
+    assert plan.search_slice(SETTINGS, plan.MODELS["8b"], "v5e:1x1").topology == "v5e:4x4"
+    assert tries == ["v5e:2x4", "v5e:4x4"]
+
+
 def test_what_cannot_be_planned(config_file, capsys):
     for arguments, said in (
         (["--topology", "h100:8"], "name its size with --model 1b, 3b, 8b"),
