@@ -3,19 +3,23 @@
 import os
 import signal
 import threading
+import time
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
+SAME = 1.0  # seconds in which two signals are one: some launchers send what the terminal has sent already
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a number to look at between steps; a second signal acts at once. A context, of the main thread.
+    """Turns Ctrl-C and SIGTERM into a number to look at between steps. A context, of the main thread.
 
-    While it is `at_once`, for there is nothing to save, the first signal ends the process, whatever it is doing: a KeyboardInterrupt
-    would wait for a compilation, and is swallowed by some imports and callbacks.
+    One made `at_once` is the command line's, and can end the process, whatever that is doing: a KeyboardInterrupt would wait for a
+    compilation, and is swallowed by some imports and callbacks. While it is still `at_once`, for there is nothing to save, the first
+    signal does so, and later a second one. Others answer a second signal with a KeyboardInterrupt.
     """
 
     def __init__(self, at_once: bool = False):
         self.received, self.at_once = 0, at_once
+        self._may_end = at_once
 
     def listen(self) -> None:
         """Again, after others have put handlers of their own, as `jax.distributed` does."""
@@ -23,18 +27,21 @@ class StopSignal:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if self.received:
+        if self.received and not self._may_end:
             signal.default_int_handler(number, frame)
-        self.received = number
+        self.received = self.received or number
 
     def _watch(self, numbers: int) -> None:
         """Reads what Python writes at a signal, even while its handlers wait for the main thread."""
+        noted = float("inf")
         while number := os.read(numbers, 1):
-            if self.at_once and number[0] in SIGNALS:
-                name = signal.Signals(number[0]).name
-                # Not print: the main thread may hold the lock of stderr.
-                os.write(2, f"llasa-jax: stopped by {name} with nothing new to save; the same command goes on\n".encode())
-                os._exit(128 + number[0])
+            if number[0] not in SIGNALS or not self._may_end:
+                continue
+            if self.at_once:
+                _end(number[0], "with nothing new to save")
+            if time.monotonic() - noted > SAME:
+                _end(number[0], "again, without saving")
+            noted = min(noted, time.monotonic())
         os.close(numbers)
 
     def __enter__(self):
@@ -52,3 +59,9 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._told_before)
         os.close(self._told)
+
+
+def _end(number: int, how: str) -> None:
+    # Not print: the main thread may hold the lock of stderr.
+    os.write(2, f"llasa-jax: stopped by {signal.Signals(number).name} {how}; the same command goes on\n".encode())
+    os._exit(128 + number)

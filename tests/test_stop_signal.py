@@ -10,29 +10,40 @@ import time
 import pytest
 
 from llasa_jax.leave import UNINTERRUPTIBLE, unless
-from llasa_jax.stop_signal import StopSignal
+from llasa_jax.stop_signal import SAME, StopSignal
 
 # Minutes in C, without the interpreter's lock, as a compilation is: Python's own handlers would wait for its end.
 BUSY = "import hashlib, sys\ndef busy(*_):\n    print('busy', flush=True)\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)\n"
 
 
 def ended(program, number):
-    """Status and stderr of a process that is sent a signal once it is busy."""
+    """Status, stderr and the seconds that it took to end a process, which is sent a signal once it is busy, and then again and again."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", BUSY + program], **pipes) as child:
         try:
             assert child.stdout.readline() == "busy\n"
-            child.send_signal(number)
-            return child.wait(timeout=60), child.stderr.read()
+            began = time.monotonic()
+            while child.poll() is None and time.monotonic() < began + 60:
+                child.send_signal(number)
+                time.sleep(0.3)
+            return child.poll(), child.stderr.read(), time.monotonic() - began
         finally:
             child.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_at_once_does_not_wait_for_what_runs(number):
-    status, said = ended("from llasa_jax.stop_signal import StopSignal\nwith StopSignal(at_once=True): busy()", number)
+    status, said, _ = ended("from llasa_jax.stop_signal import StopSignal\nwith StopSignal(at_once=True): busy()", number)
     assert status == 128 + number
     assert f"stopped by {number.name} with nothing new to save" in said
+
+
+def test_later_a_second_signal_ends_it_too():
+    program = "from llasa_jax.stop_signal import StopSignal\nwith StopSignal(at_once=True) as stop:\n    stop.at_once = False\n    busy()"
+    status, said, seconds = ended(program, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert seconds > SAME  # those before count as one
+    assert "stopped by SIGTERM again, without saving" in said
 
 
 def test_train_is_at_once_from_the_start():
