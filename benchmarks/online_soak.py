@@ -28,10 +28,10 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARAL
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-from llasa_jax.stop_signal import StopSignal  # noqa: E402
+from llasa_jax.stop_signal import CommandSignal  # noqa: E402
 
 if __name__ == "__main__" and "--train" in sys.argv:
-    StopSignal(at_once=True).__enter__()  # like `llasa-jax train`, before anything large is imported
+    CommandSignal().__enter__()  # like `llasa-jax train`, before anything large is imported
 
 from online import children_of  # noqa: E402
 
@@ -173,29 +173,27 @@ def one_process(config: Path, marks: Path, chance: random.Random, counts: collec
     reader = threading.Thread(target=lambda: said.extend(child.stdout), daemon=True)
     reader.start()
     steps = marks / "steps.jsonl"
-    # A third of the processes are sent a signal before any step, somewhere in the first ten seconds.
+    # A third of the processes are sent a signal somewhere in their first ten seconds, which is mostly before any step.
     early = time.monotonic() + chance.uniform(0.1, 10.0) if chance.random() < 0.33 else float("inf")
     size, since, asked, asked_at = -1, time.monotonic(), 0, 0.0
     while child.poll() is None:
         time.sleep(0.1)
         grown = steps.stat().st_size if steps.exists() else 0
-        if not asked and time.monotonic() > early:
-            asked, asked_at = chance.choice((signal.SIGTERM, signal.SIGKILL, signal.SIGINT)), time.monotonic()
-            child.send_signal(asked)
-            counts[f"trainers sent {asked.name} as they start"] += 1
+        draw = 1.0
         if grown != size:
             size, since = grown, time.monotonic()
-            draw = chance.random()
-            if grown and not asked and draw < 0.08:
-                asked, asked_at = chance.choice((signal.SIGTERM, signal.SIGKILL, signal.SIGINT)), time.monotonic()
-                child.send_signal(asked)
-                counts[f"trainers sent {asked.name}"] += 1
-            elif grown and draw < 0.2:
-                with contextlib.suppress(OSError):  # it may have ended by itself
-                    readers = [pid for pid in children_of(child.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-                    if readers:
-                        os.kill(chance.choice(readers), signal.SIGKILL)
-                        counts["reading processes killed"] += 1
+            draw = chance.random() if grown else 1.0
+        starting = time.monotonic() > early
+        if not asked and (starting or draw < 0.08):
+            asked, asked_at = chance.choice((signal.SIGTERM, signal.SIGKILL, signal.SIGINT)), time.monotonic()
+            child.send_signal(asked)
+            counts[f"trainers sent {asked.name}{' as they start' if starting else ''}"] += 1
+        elif draw < 0.2:
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                readers = [pid for pid in children_of(child.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+                if readers:
+                    os.kill(chance.choice(readers), signal.SIGKILL)
+                    counts["reading processes killed"] += 1
         if time.monotonic() - since > HANGS_AFTER:
             child.kill()
             raise SystemExit(f"no step for {HANGS_AFTER:.0f} s; the last that the trainer said:\n{''.join(said)[-3000:]}")

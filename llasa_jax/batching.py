@@ -20,13 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import grain
 import numpy as np
 
 from llasa_jax.errors import UserError
 from llasa_jax.prompts import Conversation, Example, Prompter, Utterance
+from llasa_jax.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WINDOW = 1024
 SAMPLE = 20_000
@@ -54,6 +58,11 @@ class Source:
     records: Sequence[Utterance] | Sequence[Conversation]
     prompter: Prompter
     weight: float = 1.0
+
+
+def sources_of(settings: Settings, tokenizer: "PreTrainedTokenizerBase", records: Sequence) -> list[Source]:
+    """The run's sources: `records` are those of each of `settings.sources`, in order."""
+    return [Source(its, Prompter(tokenizer, each.prompt), each.weight) for its, each in zip(records, settings.sources, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from llasa_jax import __version__
 from llasa_jax.errors import UserError
 from llasa_jax.leave import leave
-from llasa_jax.stop_signal import StopSignal
+from llasa_jax.stop_signal import CommandSignal, StopSignal
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
 PREVIEW_HELP = "Show what the model will see: each record's tokens, with those that carry loss in colour."
@@ -77,7 +77,7 @@ def _tokenizer(name: str):
 
 
 def _train(args) -> None:
-    with StopSignal(at_once=True) as stop:
+    with CommandSignal() as stop:
         _train_until(stop, args.settings)
 
 

@@ -158,15 +158,12 @@ def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> flo
     paths = [Path(settings.model.path) / model_folder.HF_FOLDER, *(Path(source.path) for source in settings.sources)]
     if not all(path.exists() for path in paths):
         return None
-    from llasa_jax.batching import Source, measure
+    from llasa_jax.batching import measure, sources_of
     from llasa_jax.data.records import open_sources
-    from llasa_jax.prompts import Prompter
 
     tokenizer = model_folder.load_tokenizer(Path(settings.model.path))
     records, _ = open_sources(settings.sources, settings.data.online)
-    sources = [Source(its, Prompter(tokenizer, each.prompt), each.weight) for its, each in zip(records, settings.sources, strict=True)]
-    options = {"seed": settings.train.seed, "pack": settings.data.pack, "too_long": settings.data.too_long}
-    fit = measure(sources, settings.data.max_length, **options)
+    fit = measure(sources_of(settings, tokenizer, records), settings.data.max_length, **settings.packing)
     return fit.rows * fit.length
 
 

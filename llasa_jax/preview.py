@@ -10,7 +10,7 @@ from typing import TextIO
 
 import numpy as np
 
-from llasa_jax.batching import Source, ToExample, drawn, draws_per_epoch
+from llasa_jax.batching import ToExample, drawn, draws_per_epoch, sources_of
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.encoder import PlannedClip, PlannedClips
 from llasa_jax.errors import UserError
@@ -35,7 +35,7 @@ def preview(settings: Settings, records: Sequence[Sequence], count: int, *, as_j
     if any(isinstance(data, PlannedClips) for data in records):
         codec = load_codec(settings.data.online.codec, settings.data.online.device)
         records = [_Encoded(data, codec) if isinstance(data, PlannedClips) else data for data in records]
-    sources = [Source(data, Prompter(tokenizer, each.prompt), each.weight) for data, each in zip(records, settings.sources, strict=True)]
+    sources = sources_of(settings, tokenizer, records)
     order = drawn(sources, settings.train.seed)
     to_example = ToExample(sources, settings.data.max_length, settings.data.too_long)
     coloured = out.isatty() and not os.environ.get("NO_COLOR")

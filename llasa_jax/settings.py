@@ -269,6 +269,11 @@ class Settings:
         return [replace(source, mode="offline") if source.prompt.task == "chat" else source for source in listed]
 
     @property
+    def packing(self) -> dict:
+        """How rows are filled, as options of `batching.plan` and `batching.measure`."""
+        return {"pack": self.data.pack, "too_long": self.data.too_long, "seed": self.train.seed}
+
+    @property
     def voice(self) -> PromptSettings:
         """How the trained model is asked to speak: the prompt of the first source that teaches it to, or of the first of all."""
         prompts = [source.prompt for source in self.sources]

@@ -10,16 +10,13 @@ SAME = 1.0  # seconds in which two signals are one: some launchers send what the
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a number to look at between steps. A context, of the main thread.
+    """Turns Ctrl-C and SIGTERM into a number to look at between steps; a second one is a KeyboardInterrupt. A context, of the main thread.
 
-    One made `at_once` is the command line's, and can end the process, whatever that is doing: a KeyboardInterrupt would wait for a
-    compilation, and is swallowed by some imports and callbacks. While it is still `at_once`, for there is nothing to save, the first
-    signal does so, and later a second one. Others answer a second signal with a KeyboardInterrupt.
+    `at_once`: there is nothing to save, so a signal need not wait for that look. Only `CommandSignal` makes anything of it.
     """
 
-    def __init__(self, at_once: bool = False):
-        self.received, self.at_once = 0, at_once
-        self._may_end = at_once
+    def __init__(self):
+        self.received, self.at_once = 0, False
 
     def listen(self) -> None:
         """Again, after others have put handlers of their own, as `jax.distributed` does."""
@@ -27,15 +24,39 @@ class StopSignal:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        if self.received and not self._may_end:
+        if self.received:
             signal.default_int_handler(number, frame)
+        self.received = number
+
+    def __enter__(self):
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._before.items():
+            # None stands for a handler that is not Python's, such as that of JAX's runtime on several hosts.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+class CommandSignal(StopSignal):
+    """The command line's, which can end the process, whatever that is doing: the first signal while it is `at_once`, later a second one.
+
+    A KeyboardInterrupt would wait for a compilation, and is swallowed by some imports and callbacks.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.at_once = True
+
+    def _note(self, number, frame):
         self.received = self.received or number
 
     def _watch(self, numbers: int) -> None:
         """Reads what Python writes at a signal, even while its handlers wait for the main thread."""
         noted = float("inf")
         while number := os.read(numbers, 1):
-            if number[0] not in SIGNALS or not self._may_end:
+            if number[0] not in SIGNALS:
                 continue
             if self.at_once:
                 _end(number[0], "with nothing new to save")
@@ -45,18 +66,14 @@ class StopSignal:
         os.close(numbers)
 
     def __enter__(self):
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
         numbers, self._told = os.pipe()
         os.set_blocking(self._told, False)
         self._told_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(numbers,), daemon=True, name="llasa-jax signals").start()
-        self.listen()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *error):
-        for number, handler in self._before.items():
-            # None stands for a handler that is not Python's, such as that of JAX's runtime on several hosts.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        super().__exit__(*error)
         signal.set_wakeup_fd(self._told_before)
         os.close(self._told)
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from llasa_jax import hosts, model_folder, run_folder
 from llasa_jax.alarm import LossAlarm
-from llasa_jax.batching import BatchShape, Source, batches, measure
+from llasa_jax.batching import BatchShape, Source, batches, measure, sources_of
 from llasa_jax.checkpoint import Checkpoints
 from llasa_jax.encoder import Encoder
 from llasa_jax.errors import UserError
@@ -62,10 +62,9 @@ def train(
         raise UserError(f"{source} is a LoRA run; merge it (`export-hf --lora merge`, then `import-hf`), or go on from it with lora.init")
     mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices)
     tokenizer = model_folder.load_tokenizer(source)
-    prompters = [Prompter(tokenizer, each.prompt) for each in settings.sources]
-    sources = [Source(*each) for each in zip(records, prompters, [each.weight for each in settings.sources], strict=True)]
-    held_out = [Source(*each) for each in zip(validation, prompters, strict=False) if each[0] is not None]
-    vocab = prompters[0].vocab
+    sources = sources_of(settings, tokenizer, records)
+    held_out = [Source(its, each.prompter) for its, each in zip(validation, sources, strict=False) if its is not None]
+    vocab = sources[0].prompter.vocab
     if vocab.size > config.vocab_size:
         raise UserError(f"the tokenizer in {source} has {vocab.size} tokens but the model only {config.vocab_size}; they are no pair")
     shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
@@ -74,7 +73,7 @@ def train(
         raise UserError(f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose a multiple of it")
     if settings.train.keep_best and not held_out:
         raise UserError("train.keep_best needs a validation loss; name a split in data.validation_split, or leave it at 0")
-    pipeline = {"pack": settings.data.pack, "too_long": settings.data.too_long, "seed": settings.train.seed}
+    pipeline = settings.packing
     fit = measure(sources, shape.length, **pipeline)
     steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
     say(f"an epoch: {fit} ({settings.data.too_long})")

@@ -33,13 +33,13 @@ def ended(program, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_at_once_does_not_wait_for_what_runs(number):
-    status, said, _ = ended("from llasa_jax.stop_signal import StopSignal\nwith StopSignal(at_once=True): busy()", number)
+    status, said, _ = ended("from llasa_jax.stop_signal import CommandSignal\nwith CommandSignal(): busy()", number)
     assert status == 128 + number
     assert f"stopped by {number.name} with nothing new to save" in said
 
 
 def test_later_a_second_signal_ends_it_too():
-    program = "from llasa_jax.stop_signal import StopSignal\nwith StopSignal(at_once=True) as stop:\n    stop.at_once = False\n    busy()"
+    program = "from llasa_jax.stop_signal import CommandSignal\nwith CommandSignal() as stop:\n    stop.at_once = False\n    busy()"
     status, said, seconds = ended(program, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
     assert seconds > SAME  # those before count as one
