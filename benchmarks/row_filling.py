@@ -1,9 +1,11 @@
-"""How full rows are on LJSpeech-like lengths: our packing beside Grain's packers and upstream's padding.
+"""How full rows are on LJSpeech-like lengths: our packing beside Grain's packers and upstream's
+padding.
 
     python benchmarks/row_filling.py
 
-LJSpeech's 13,100 clips are not here; their published figures are: 1.11 to 10.10 s, 6.57 s and 100 characters on average. Lengths are drawn
-from a beta distribution with these ends, that mean and a deviation of 2.2 s. Every packer gets the same clips in the same order.
+LJSpeech's 13,100 clips are not here; their published figures are: 1.11 to 10.10 s, 6.57 s and 100
+characters on average. Lengths are drawn from a beta distribution with these ends, that mean and a
+deviation of 2.2 s. Every packer gets the same clips in the same order.
 """
 
 import platform
@@ -12,7 +14,7 @@ from importlib.metadata import version
 import grain
 import numpy as np
 
-from llasa_jax.batching import WINDOW, pack_rows
+from llasa_jax.data.batching import WINDOW, pack_rows
 
 LENGTH = 2048
 CLIPS = 13_100
@@ -27,20 +29,33 @@ def lengths() -> np.ndarray:
 
 
 def with_grain(packer: type, open_rows: int, sizes: np.ndarray) -> int:
-    clips = grain.MapDataset.source([{"tokens": np.ones(size, np.int32)} for size in sizes]).to_iter_dataset(grain.ReadOptions(1, 16))
-    rows = packer(clips, length_struct={"tokens": LENGTH}, num_packing_bins=open_rows, shuffle_bins=False)
+    clips = grain.MapDataset.source(
+        [{"tokens": np.ones(size, np.int32)} for size in sizes]
+    ).to_iter_dataset(grain.ReadOptions(1, 16))
+    rows = packer(
+        clips, length_struct={"tokens": LENGTH}, num_packing_bins=open_rows, shuffle_bins=False
+    )
     return sum(1 for _ in rows)
 
 
 def ours(window: int, sizes: np.ndarray) -> int:
-    return sum(len(pack_rows(sizes[at : at + window].tolist(), LENGTH)) for at in range(0, len(sizes), window))
+    return sum(
+        len(pack_rows(sizes[at : at + window].tolist(), LENGTH))
+        for at in range(0, len(sizes), window)
+    )
 
 
 def main() -> None:
     sizes = lengths()
-    print(f"{platform.machine()}, Python {platform.python_version()}, grain {version('grain')}, numpy {np.__version__}")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, grain {version('grain')}, numpy"
+        f" {np.__version__}"
+    )
     print(f"{CLIPS} clips of {sizes.mean():.0f} tokens on average into rows of {LENGTH}\n")
-    first, best = grain.experimental.FirstFitPackIterDataset, grain.experimental.BestFitPackIterDataset
+    first, best = (
+        grain.experimental.FirstFitPackIterDataset,
+        grain.experimental.BestFitPackIterDataset,
+    )
     results = {
         "padded, one clip a row (upstream)": CLIPS,
         "grain's first fit, 64 open rows": with_grain(first, 64, sizes),

@@ -1,9 +1,23 @@
-"""The one exception that means: the input is wrong, and here is how to mend it."""
+"""The one exception that means: the input is wrong, and here is how to fix it."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake that its reader can mend.
+    """A mistake that the user can fix.
 
-    The message is one sentence that names the file, the record where there is one, and the fix. The command line
-    prints it without a traceback and exits with status 2.
+    The message is one sentence that names the file, the record where there is one, and the fix.
+    The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name, to quote in a sentence."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0][:200].rstrip(".")
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """The first names of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,4 +1,6 @@
-"""The whole way, as a newcomer sees it: the demo on real speech, then what it leaves behind, read by others' code alone."""
+"""The whole way, as a newcomer sees it: the demo on real speech, then what it leaves behind, read
+by others' code alone.
+"""
 
 import json
 import math
@@ -19,9 +21,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments, **more):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **more)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,11 @@ def demo(tmp_path_factory):
 
 def test_the_demo_proves_itself(demo):
     _, said = demo
-    returned = [float(line.split(":")[1].split("%")[0]) for line in said.splitlines() if line.startswith(("llasa-jax:", "transformers:"))]
+    returned = [
+        float(line.split(":")[1].split("%")[0])
+        for line in said.splitlines()
+        if line.startswith(("llasa-jax:", "transformers:"))
+    ]
     assert len(returned) == 2
     assert min(returned) >= 99
     for command in ("import-hf", "encode", "train", "export-hf", "generate"):
@@ -52,10 +63,13 @@ assert not any(name.startswith("llasa_jax") for name in sys.modules)
 assert model.config.architectures == ["LlamaForCausalLM"]
 assert model.config.vocab_size == len(tokenizer)
 assert model.config.tie_word_embeddings
-assert tokenizer.convert_tokens_to_ids("<|SPEECH_GENERATION_END|>") in model.generation_config.eos_token_id
+end = tokenizer.convert_tokens_to_ids("<|SPEECH_GENERATION_END|>")
+assert end in model.generation_config.eos_token_id
 print(model.num_parameters())
 """
-    finished = subprocess.run([sys.executable, "-c", program, str(out / "release")], capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(out / "release")], capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     start = json.loads((out / "hf" / "config.json").read_text())
     end = json.loads((out / "release" / "config.json").read_text())
@@ -66,18 +80,44 @@ def test_weights_changed_and_tokenizer_did_not(demo):
     from safetensors.torch import load_file
 
     out, _ = demo
-    before, after = load_file(out / "hf" / "model.safetensors"), load_file(out / "release" / "model.safetensors")
+    before, after = (
+        load_file(out / "hf" / "model.safetensors"),
+        load_file(out / "release" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
-    assert all(before[name].shape == after[name].shape and not torch.equal(before[name], after[name]) for name in before)
+    assert all(
+        before[name].shape == after[name].shape and not torch.equal(before[name], after[name])
+        for name in before
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / "hf" / name).read_bytes() == (out / "release" / name).read_bytes()
 
 
 def test_the_plan_counts_the_steps_that_training_takes(demo, capsys):
     out, said = demo
-    places = (f"--model.path={out / 'model'}", f"--data.path={out / 'records'}", "--mesh.data=1", "--mesh.fsdp=1", "--mesh.tensor=1")
+    places = (
+        f"--model.path={out / 'model'}",
+        f"--data.path={out / 'records'}",
+        "--mesh.data=1",
+        "--mesh.fsdp=1",
+        "--mesh.tensor=1",
+    )
     epochs = ("--train.steps=0", "--train.epochs=30")
-    assert main(["plan", "--config", str(ROOT / "configs/demo.yaml"), "--topology", "h100:1", "--json", *places, *epochs]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--config",
+                str(ROOT / "configs/demo.yaml"),
+                "--topology",
+                "h100:1",
+                "--json",
+                *places,
+                *epochs,
+            ]
+        )
+        == 0
+    )
     rows = int(re.search(r"an epoch: 8 clips, \d+ tokens in (\d+) rows of 256", said)[1])
     assert json.loads(capsys.readouterr().out)["steps"] == math.ceil(30 * rows / 4)
 
@@ -87,7 +127,10 @@ def test_records_are_anybodys(demo):
 
     out, _ = demo
     builder = tfds.builder_from_directory(out / "records")
-    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 8, "unused": 32}
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
+        "train": 8,
+        "unused": 32,
+    }
     record = builder.as_data_source("train")[0]
     assert record["codes"].dtype == np.uint16
     assert record["speaker"].decode() in ("ada", "ben")
@@ -124,14 +167,53 @@ def test_the_same_training_command_goes_on(demo):
     ("arguments", "complaint"),
     [
         (["train", "--config", "configs/demo.yaml", "--train.row=3"], "unknown setting train.row"),
-        (["train", "--config", "configs/demo.yaml", "--data.path={out}/nowhere"], "no dataset of codes"),
-        (["train", "--config", "configs/demo.yaml", "--data.path={out}/records", "--data.train_split=tests"], "no split 'tests'"),
+        (
+            ["train", "--config", "configs/demo.yaml", "--data.path={out}/nowhere"],
+            "no dataset of codes",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "configs/demo.yaml",
+                "--data.path={out}/records",
+                "--data.train_split=tests",
+            ],
+            "no split 'tests'",
+        ),
         (["import-hf", "{out}/hf", "{out}/model"], "already exists and is not empty"),
         (["import-hf", "{out}/codec", "{out}/new"], "model_type"),
         (["export-hf", "{out}/records", "{out}/new"], "holds no model"),
-        (["encode", "--manifest", "{out}/manifest.jsonl", "--out", "{out}/new", "--codec", "{out}/hf"], "no codec"),
-        (["generate", "--model", "{out}/run", "--text", "Hi", "--out", "{out}/records"], "is a folder"),
-        (["generate", "--model", "{out}/hf", "--text", "Hi", "--out", "{out}/x.wav", "--codec", "{out}/codec"], "holds no model"),
+        (
+            [
+                "encode",
+                "--manifest",
+                "{out}/manifest.jsonl",
+                "--out",
+                "{out}/new",
+                "--codec",
+                "{out}/hf",
+            ],
+            "no codec",
+        ),
+        (
+            ["generate", "--model", "{out}/run", "--text", "Hi", "--out", "{out}/records"],
+            "is a folder",
+        ),
+        (
+            [
+                "generate",
+                "--model",
+                "{out}/hf",
+                "--text",
+                "Hi",
+                "--out",
+                "{out}/x.wav",
+                "--codec",
+                "{out}/codec",
+            ],
+            "holds no model",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(demo, arguments, complaint):

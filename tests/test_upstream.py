@@ -1,8 +1,10 @@
-"""Upstream's numbers: ids, labels and loss as its offline dataset class and HF's LLaMA make them, stated anew here from its behaviour.
+"""Upstream's numbers: ids, labels and loss as its offline dataset class and HF's LLaMA make them,
+stated anew here from its behaviour.
 
-A memmap row is [TU_S text TU_E SG_S codes SG_E], cut to the row's length and padded with <|eot_id|>. The chat template is tokenised with
-one TU_S and one SG_S in it, for which the row's two halves are put in. Labels begin at SG_S; pads, and so every <|eot_id|>, carry none
-and are hidden from attention. Everything is cut and padded to the row's length.
+A memmap row is [TU_S text TU_E SG_S codes SG_E], cut to the row's length and padded with
+<|eot_id|>. The chat template is tokenised with one TU_S and one SG_S in it, for which the row's two
+halves are put in. Labels begin at SG_S; pads, and so every <|eot_id|>, carry none and are hidden
+from attention. Everything is cut and padded to the row's length.
 """
 
 import jax.numpy as jnp
@@ -11,9 +13,9 @@ import pytest
 import torch
 from reference import config_of, hf_llama, our_llama, params_of
 
-from llasa_jax.batching import BatchShape, Source, batches
-from llasa_jax.loss import chunked_cross_entropy
-from llasa_jax.prompts import Prompter, PromptSettings, Utterance
+from llasa_jax.data.batching import BatchShape, Source, batches
+from llasa_jax.model.loss import chunked_cross_entropy
+from llasa_jax.speech.prompts import Prompter, PromptSettings, Utterance
 
 LENGTH = 192
 
@@ -24,7 +26,8 @@ def clips():
     texts = ["Hello there.", "  the lazy dog ", "你好", "quick brown fox " * 5]
     # 150 codes and a long text do not fit: upstream cuts the end marker off.
     return [
-        Utterance(text, rng.integers(0, 65_536, n).astype(np.uint16), f"clip{n}") for text, n in zip(texts, (1, 40, 95, 150), strict=True)
+        Utterance(text, rng.integers(0, 65_536, n).astype(np.uint16), f"clip{n}")
+        for text, n in zip(texts, (1, 40, 95, 150), strict=True)
     ]
 
 
@@ -33,8 +36,14 @@ def upstream_item(tokenizer, text: str, codes, length: int) -> dict[str, torch.T
         return tokenizer.convert_tokens_to_ids(token)
 
     pad, start = id_of("<|eot_id|>"), id_of("<|SPEECH_GENERATION_START|>")
-    text_ids = tokenizer.encode(f"<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>", add_special_tokens=False)
-    codes_ids = [start, *(id_of("<|s_0|>") + int(code) for code in codes), id_of("<|SPEECH_GENERATION_END|>")]
+    text_ids = tokenizer.encode(
+        f"<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>", add_special_tokens=False
+    )
+    codes_ids = [
+        start,
+        *(id_of("<|s_0|>") + int(code) for code in codes),
+        id_of("<|SPEECH_GENERATION_END|>"),
+    ]
     row = (text_ids + codes_ids)[:length]
 
     speech = row[row.index(start) :]
@@ -42,7 +51,11 @@ def upstream_item(tokenizer, text: str, codes, length: int) -> dict[str, torch.T
         {"role": "user", "content": "Convert the text to speech:<|TEXT_UNDERSTANDING_START|>"},
         {"role": "assistant", "content": "<|SPEECH_GENERATION_START|>"},
     ]
-    ids = list(tokenizer.apply_chat_template(chat, tokenize=True, date_string="26 Jul 2024", return_dict=False))
+    ids = list(
+        tokenizer.apply_chat_template(
+            chat, tokenize=True, date_string="26 Jul 2024", return_dict=False
+        )
+    )
     for placeholder, piece in ((text_ids[0], row[: row.index(start)]), (start, speech)):
         at = ids.index(placeholder)
         ids[at : at + 1] = piece
@@ -76,8 +89,13 @@ def test_ids_and_labels_are_upstreams(tokenizer, clips, ours):
         assert (ids[(tokens > 0).sum() :] == eot).all()
         np.testing.assert_array_equal(ours["segment_ids"][row] > 0, visible)
         # Ours are shifted by one in the data, upstream's in the model.
-        np.testing.assert_array_equal(np.where(ours["loss_mask"][row], ours["targets"][row], -100)[:-1], labels[1:])
-    assert tokenizer.convert_tokens_to_ids("<|SPEECH_GENERATION_END|>") in ours["targets"][0][ours["loss_mask"][0]]
+        np.testing.assert_array_equal(
+            np.where(ours["loss_mask"][row], ours["targets"][row], -100)[:-1], labels[1:]
+        )
+    assert (
+        tokenizer.convert_tokens_to_ids("<|SPEECH_GENERATION_END|>")
+        in ours["targets"][0][ours["loss_mask"][0]]
+    )
     assert tokenizer.convert_tokens_to_ids("<|SPEECH_GENERATION_END|>") not in ours["tokens"][-1]
 
 
@@ -86,16 +104,26 @@ def test_loss_is_that_of_hf_on_upstreams_items(tokenizer, clips, ours):
     hf = hf_llama(vocab=len(tokenizer), initializer_range=0.1)
     items = [upstream_item(tokenizer, clip.text, clip.codes, LENGTH) for clip in clips]
     with torch.no_grad():
-        theirs = float(hf(**{name: torch.stack([item[name] for item in items]) for name in items[0]}).loss)
+        theirs = float(
+            hf(**{name: torch.stack([item[name] for item in items]) for name in items[0]}).loss
+        )
     model = our_llama(config_of(hf), params_of(hf))
 
     def loss(batch):
-        hidden = model(*(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")))
+        hidden = model(
+            *(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids"))
+        )
         nats, _ = chunked_cross_entropy(
-            *model.output_factors(hidden), batch["targets"], batch["loss_mask"], vocab_size=len(tokenizer), chunk=LENGTH // 2
+            *model.output_factors(hidden),
+            batch["targets"],
+            batch["loss_mask"],
+            vocab_size=len(tokenizer),
+            chunk=LENGTH // 2,
         )
         return float(nats) / batch["loss_mask"].sum()
 
     assert loss(ours) == pytest.approx(theirs, rel=1e-5)
     # The clean mask is another model of the same clips: this test would notice.
-    assert abs(loss(ours | {"segment_ids": (ours["tokens"] > 0).astype(np.int32)}) / theirs - 1) > 1e-4
+    assert (
+        abs(loss(ours | {"segment_ids": (ours["tokens"] > 0).astype(np.int32)}) / theirs - 1) > 1e-4
+    )

@@ -1,6 +1,8 @@
-"""Makes the speech of this folder with espeak-ng: 40 short clips by two speakers, 16 kHz mono FLAC, and manifest.jsonl.
+"""Makes the speech of this folder with espeak-ng: 40 short clips by two speakers, 16 kHz mono FLAC,
+and manifest.jsonl.
 
-Run it again only to change the corpus: `python tests/speech/make_speech.py` (needs espeak-ng on the PATH).
+Run it again only to change the corpus: `python tests/speech/make_speech.py` (needs espeak-ng on the
+PATH).
 """
 
 import io
@@ -43,15 +45,31 @@ def main():
     lines = []
     for speaker, options in VOICES.items():
         for number, text in enumerate(SENTENCES, 1):
-            spoken = subprocess.run(["espeak-ng", "--stdout", "-a", "50", *options, text], capture_output=True, check=True).stdout
+            spoken = subprocess.run(
+                ["espeak-ng", "--stdout", "-a", "50", *options, text],
+                capture_output=True,
+                check=True,
+            ).stdout
             wave, rate = soundfile.read(io.BytesIO(spoken), dtype="float32")
             wave = soxr.resample(wave, rate, 16000)
             loud = np.flatnonzero(np.abs(wave) > QUIET)
             wave = wave[loud[0] : loud[-1] + 1]
             name = f"{speaker}_{number:02d}"
-            soundfile.write(folder / f"{name}.flac", wave, 16000, subtype="PCM_16", compression_level=1.0)
-            lines.append({"audio": f"{name}.flac", "text": text, "id": name, "speaker": speaker, "language": "en"})
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            soundfile.write(
+                folder / f"{name}.flac", wave, 16000, subtype="PCM_16", compression_level=1.0
+            )
+            lines.append(
+                {
+                    "audio": f"{name}.flac",
+                    "text": text,
+                    "id": name,
+                    "speaker": speaker,
+                    "language": "en",
+                }
+            )
+    (folder / "manifest.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

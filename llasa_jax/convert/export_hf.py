@@ -1,0 +1,220 @@
+"""`llasa-jax export-hf`: a model's or a run's folder becomes an HF checkpoint, piece by piece."""
+
+import shutil
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from llasa_jax.convert.hf_config import dtype_key
+from llasa_jax.convert.hf_files import (
+    CARD,
+    CONFIG,
+    TOKENIZER_FILES,
+    copy_small_files,
+    read_json,
+    speaks,
+    vocabulary,
+    write_generation_config,
+    write_json,
+)
+from llasa_jax.convert.merge import merged_reader
+from llasa_jax.convert.model_card import model_card
+from llasa_jax.convert.model_folder import (
+    CHECKPOINTS,
+    HF_FOLDER,
+    adapters_of,
+    check_base,
+    params_folder,
+    read_description,
+)
+from llasa_jax.convert.names import places
+from llasa_jax.convert.params_io import ParamsReader
+from llasa_jax.convert.peft_adapter import base_name, open_adapter, write_adapter
+from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, named_dtype, parse_size
+from llasa_jax.convert.verify import verify as verify_logits
+from llasa_jax.errors import UserError, first_line
+from llasa_jax.model.config import ModelConfig
+from llasa_jax.runtime.new_folder import new_folder
+
+WORKERS = 2  # threads, each with two pieces of a parameter in memory
+
+
+def export_hf(
+    source: Path,
+    destination: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    verify: bool = False,
+    push_to_hub: str | None = None,
+    lora: Literal["adapter", "merge"] | None = None,
+) -> None:
+    """Writes the HF checkpoint `destination` from `source`, a model's folder or a run's (at `step`,
+    the latest by default).
+
+    Weights are written in the imported checkpoint's types unless `dtype` is given, the tables cut
+    back to `vocab_size` rows, one copy where head and embedding are tied. Tokenizer files are those
+    that were imported. `verify` compares logits with transformers' before the folder gets its name;
+    `push_to_hub` uploads it to that repository. Raises UserError; then nothing is left behind.
+
+    A LoRA run is written as PEFT's "adapter", or with its base: "merge" adds the two in float32,
+    before they are rounded.
+    """
+    source, destination = Path(source), Path(destination)
+    config, origin = read_description(source)
+    adapters, base = adapters_of(origin)
+    if adapters is None and lora:
+        raise UserError(f"{source} is no LoRA run, so there is no adapter in it; leave --lora out")
+    if adapters and lora not in ("adapter", "merge"):
+        raise UserError(
+            f"{source} is a LoRA run; say whether you want its adapter alone (--lora adapter) or a"
+            " whole model (--lora merge)"
+        )
+    where = params_folder(source, step)
+    if lora == "adapter":
+        if verify:
+            raise UserError("--verify compares whole models; give it with --lora merge")
+        _export_adapter(source, destination, config, origin, int(where.parent.name), dtype)
+        if push_to_hub:
+            _push(destination, push_to_hub)
+        return
+    reader = merged_reader(source, step) if adapters else ParamsReader(where, config)
+    untied, config = reader.config != config, reader.config
+    names = {(place.path, place.layer): name for name, place in places(config).items()}
+    shapes = {name: place.shape for name, place in places(config).items()}
+    dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
+    needs = sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items())
+    limit = parse_size(max_shard_size)
+    with new_folder(destination, needs) as partial:
+        writer = SafetensorsWriter(partial, shapes, dtypes, limit)
+        with (
+            writer,
+            ThreadPoolExecutor(WORKERS) as pool,
+            tqdm(total=len(names), desc="exporting", unit="tensor", disable=None) as bar,
+        ):
+
+            def convert(path: str) -> dict[str, str]:
+                return _export_parameter(reader, path, names, shapes, dtypes, writer, bar)
+
+            for faults in pool.map(convert, reader.dtypes):
+                for name, kind in faults.items():
+                    warnings.warn(
+                        f"{where}: {name} contains {kind} as {dtypes[name]}; use another checkpoint"
+                        " or type",
+                        stacklevel=2,
+                    )
+        copy_small_files(source / HF_FOLDER, partial)
+        _write_config(
+            partial,
+            {"vocab_size": config.vocab_size} | ({"tie_word_embeddings": False} if untied else {}),
+            dtypes,
+        )
+        tokens = vocabulary(partial)
+        if speaks(tokens):
+            write_generation_config(partial, tokens)
+        trained = int(where.parent.name) if where.parent.parent.name == CHECKPOINTS else None
+        (partial / CARD).write_text(
+            model_card(
+                source, origin, push_to_hub or destination.absolute().name, trained, speaks(tokens)
+            )
+        )
+        if verify:
+            verify_logits(partial, source, step=step).check()
+    if push_to_hub:
+        _push(destination, push_to_hub)
+
+
+def _dtype_of(path: str, dtype: str | None, origin: dict, reader: ParamsReader) -> np.dtype:
+    """The type to write: the one asked for, else that of the imported checkpoint, else that of our
+    weights.
+    """
+    if dtype is None and "dtype" not in origin:
+        return reader.dtypes[path]
+    return named_dtype(dtype or origin.get("other_dtypes", {}).get(path, origin["dtype"]))
+
+
+def _export_parameter(
+    reader: ParamsReader,
+    path: str,
+    names: dict[tuple[str, int | None], str],
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, np.dtype],
+    writer: SafetensorsWriter,
+    bar: tqdm,
+) -> dict[str, str]:
+    """Copies one parameter, as one HF tensor or one a layer, and tells which of them have a fault
+    and which.
+    """
+    faults = {}
+    stacked = path.startswith("layers.")
+    for start, piece in reader.pieces(path):
+        tensors = (
+            [(names[path, start + i], 0, layer) for i, layer in enumerate(piece)]
+            if stacked
+            else [(names[path, None], start, piece)]
+        )
+        for name, first, rows in tensors:
+            rows = cast(
+                rows.reshape(-1, *shapes[name][1:])[: shapes[name][0] - first], dtypes[name]
+            )
+            faults[name] = faults.get(name) or fault(rows)
+            writer.write(name, rows, first)
+        bar.update(len(tensors) if stacked else 0)
+    bar.update(not stacked)
+    return {name: kind for name, kind in faults.items() if kind}
+
+
+def _export_adapter(
+    source: Path, destination: Path, config: ModelConfig, origin: dict, step: int, dtype: str | None
+) -> None:
+    _, base = adapters_of(origin)
+    check_base(source, base)
+    with new_folder(destination) as partial:
+        stored = named_dtype(dtype or "float32")
+        write_adapter(partial, open_adapter(source, base, step), config, base_name(base), stored)
+        for name in TOKENIZER_FILES:
+            if (source / HF_FOLDER / name).is_file():
+                shutil.copyfile(source / HF_FOLDER / name, partial / name)
+        card = model_card(
+            source,
+            origin | {"library_name": "peft"},
+            destination.absolute().name,
+            step,
+            speaks(vocabulary(partial)),
+        )
+        (partial / CARD).write_text(card)
+
+
+def _write_config(folder: Path, told: dict, dtypes: dict[str, np.dtype]) -> None:
+    """The imported config, every key kept, with what is true of these weights."""
+    config = read_json(folder / CONFIG)
+    common = Counter(map(str, dtypes.values())).most_common(1)[0][0]
+    told |= {
+        dtype_key(config): common,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+    }
+    write_json(folder / CONFIG, config | told)
+
+
+def _push(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(
+            folder_path=str(folder), repo_id=repo, commit_message="Exported by llasa-jax"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error)
+        raise UserError(
+            f"{folder} is whole but could not be uploaded to {repo} ({reason}); log in, then `hf"
+            f" upload {repo} {folder}`"
+        ) from error

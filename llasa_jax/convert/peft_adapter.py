@@ -1,0 +1,364 @@
+"""PEFT's LoRA adapters, in and out: `adapter_config.json` beside `adapter_model.safetensors`.
+
+    PEFT (after base_model.model.)                      ours
+    model.layers.{l}.self_attn.q_proj.lora_A.weight     lora.q.a[l]      [R, D]
+    model.layers.{l}.self_attn.q_proj.lora_B.weight     lora.q.b[l]      [N*H, R] -> [N, H, R]
+    model.embed_tokens.lora_embedding_A, ..._B          lora.embed.a, b  [R, vocab_size], [D, R]
+    model.embed_tokens.token_adapter.trainable_tokens_delta    rows.embed       [X, D]
+model.norm.weight                                   norm             of a module that is trained
+whole
+
+Tables are padded to V. Letters as in `llasa_jax.model.llama`.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llasa_jax.convert.hf_files import read_json, write_json
+from llasa_jax.convert.model_folder import (
+    MODEL_FILE,
+    PARAMS,
+    adapters_of,
+    check_fingerprint,
+    digest,
+    load_trained,
+    params_folder,
+    read_description,
+)
+from llasa_jax.convert.names import EMBED, HEAD, LAYER, TOP, places
+from llasa_jax.convert.params_io import ParamsReader
+from llasa_jax.convert.safetensors_io import SafetensorsFolder, SafetensorsWriter, cast
+from llasa_jax.errors import UserError
+from llasa_jax.model.config import AdapterConfig, ModelConfig
+from llasa_jax.model.llama import INPUTS, LAYER_AXES, parameter_axes, sizes
+from llasa_jax.model.lora import MODULES, Adapter, adapter_config, split
+from llasa_jax.model.settings import LoraSettings
+from llasa_jax.model.sharding import make_mesh
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TARGETS = {name: LAYER[name].rpartition(".")[2] for name in INPUTS if name in LAYER} | {
+    "embed": "embed_tokens",
+    "head": "lm_head",
+}
+# PEFT's names of whole modules match whatever ends in them.
+WHOLE = {
+    "norms": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "embed": ("embed_tokens",),
+    "head": ("lm_head",),
+}
+# What PEFT's LoRA can do besides and is not read here, each with the values that ask for nothing.
+ONLY = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    **dict.fromkeys(
+        (
+            "layers_to_transform",
+            "layer_replication",
+            "target_parameters",
+            "exclude_modules",
+            "alora_invocation_tokens",
+        ),
+        (None, []),
+    ),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
+}
+
+
+def base_name(folder: Path) -> str:
+    """What an adapter's config calls the model in a folder: HF's id or path of what was imported,
+    or the run's name.
+    """
+    return (
+        read_description(folder)[1].get("base_model", "")
+        if (Path(folder) / PARAMS).is_dir()
+        else Path(folder).name
+    )
+
+
+def open_adapter(folder: Path, base: Path, step: int | None = None) -> Adapter:
+    """The adapter in `folder`, PEFT's or a LoRA run's (at `step`, the latest by default), for the
+    model in `base`.
+
+    UserError where it was made for another base, by name or by shape, and for what is no LoRA
+    adapter or asks for what is not done here.
+    """
+    folder, base = Path(folder), Path(base)
+    config, _ = read_description(base)
+    if (folder / MODEL_FILE).is_file():
+        theirs, source = read_description(folder)
+        adapters, its_base = adapters_of(source)
+        if adapters is None:
+            raise UserError(
+                f"{folder} is a model of its own and no adapter; give it as the model, without"
+                f" {base}"
+            )
+        if its_base.absolute() != base.absolute() or theirs != config:
+            raise UserError(
+                f"the adapters in {folder} were made for {its_base}, not for {base}; use them with"
+                " their own base"
+            )
+        step = int(params_folder(folder, step).parent.name)
+        _check_weights(folder, step, base, config)
+        mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+        return Adapter(
+            adapters,
+            jax.device_get(load_trained(folder, mesh, np.float32, step)),
+            source.get("prompt"),
+        )
+    return _read(folder, config, base_name(base))
+
+
+def open_adapters(folders: Sequence[str], base: Path, texts: int) -> list[Adapter | None]:
+    """One of `folders` for all of so many texts, or one for each; an empty name is no adapter. Each
+    folder is read once.
+    """
+    if len(folders) not in (0, 1, texts):
+        raise UserError(
+            f"{len(folders)} adapters were given for {texts} texts; give one for all, or one for"
+            " each ('' is none)"
+        )
+    opened = {
+        folder: open_adapter(Path(folder), base) for folder in dict.fromkeys(folders) if folder
+    }
+    return [
+        opened.get(folder)
+        for folder in (folders if len(folders) == texts else [*folders] * texts or [None] * texts)
+    ]
+
+
+def _check_weights(run: Path, step: int, base: Path, config: ModelConfig) -> None:
+    """UserError where the base's weights differ from those of the LoRA run's checkpoint."""
+    reader = ParamsReader(params_folder(base), config)
+
+    def sample(path: str, first: tuple[int, ...]) -> np.ndarray:
+        return np.concatenate([piece[(slice(None), *first)] for _, piece in reader.pieces(path)])
+
+    samples = [sample(path, ()) for path in ("norm", "layers.attn_norm", "layers.mlp_norm")]
+    check_fingerprint(run, step, base, digest(*samples, sample("layers.v", (0, 0))))
+
+
+def _read(folder: Path, config: ModelConfig, base: str) -> Adapter:
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds no adapter: it has neither PEFT's {CONFIG} nor a LoRA run's"
+            f" {MODEL_FILE}"
+        )
+    told = read_json(folder / CONFIG)
+    adapters = _adapter_config(told, config, folder / CONFIG)
+    its_base = told.get("base_model_name_or_path") or ""
+    if its_base and base and Path(its_base).name.lower() != Path(base).name.lower():
+        raise UserError(
+            f"the adapter in {folder} was made for {its_base} and the model here is {base}; use its"
+            f" own base, or correct base_model_name_or_path in its {CONFIG} if they are the same"
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickles = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+        )
+        what = (
+            f"only the pickle {pickles[0]}, which can run any code as it is read"
+            if pickles
+            else "no weights"
+        )
+        raise UserError(f"{folder} holds {what}; save the adapter with PEFT as {WEIGHTS}")
+    stored = SafetensorsFolder(folder, WEIGHTS)
+    wanted = _names(config, adapters)
+    found = {
+        name for name in stored.tensors if ".base_layer." not in name
+    }  # PEFT's copies of the base's tables
+    if config.tie_word_embeddings and "embed" in adapters.modules:
+        found.discard(PREFIX + HEAD)
+    problems = {
+        "lacks": sorted(set(wanted) - found),
+        "has the unknown": sorted(found - set(wanted)),
+    }
+    problems["has the misshapen"] = [
+        f"{name} {list(stored.tensors[name].shape)} instead of {list(shape)}"
+        for name, (_, _, shape) in wanted.items()
+        if name in found and stored.tensors[name].shape != shape
+    ]
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+            for what, names in problems.items()
+            if names
+        )
+        raise UserError(
+            f"the adapter in {folder} is no pair with this model ({base or 'of no name'}): it"
+            f" {listed}; use its own base"
+        )
+    size = sizes(config, adapters)
+    _, axes = split(parameter_axes(config, adapters), adapters)
+    params = jax.tree.map(
+        lambda letters: np.zeros([size[letter] for letter in letters], np.float32), axes
+    )
+    for name, (path, layer, _) in wanted.items():
+        part = _at(params, path) if layer is None else _at(params, path)[layer]
+        value = cast(stored.read(name), np.dtype(np.float32))
+        if path == ("lora", "embed", "a"):
+            part[:, : value.shape[1]] = value
+        else:
+            part.reshape(-1)[: value.size] = value.reshape(-1)
+    return Adapter(adapters, params)
+
+
+def _adapter_config(told: dict, config: ModelConfig, where: Path) -> AdapterConfig:
+    if told.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type is {told.get('peft_type')!r}, and only LORA is read")
+    for field, harmless in ONLY.items():
+        if field in told and told[field] not in harmless:
+            raise UserError(
+                f"{where}: {field} is {told[field]!r}, which is not done here; only {harmless[0]!r}"
+                " is read"
+            )
+    targets = told.get("target_modules")
+    if not isinstance(targets, list):
+        raise UserError(
+            f"{where}: target_modules is {targets!r}; write it as a list of"
+            f" {', '.join(TARGETS.values())}"
+        )
+    ours = {theirs: name for name, theirs in TARGETS.items()}
+    unknown = [name for name in targets if name.rpartition(".")[2] not in ours]
+    if unknown:
+        raise UserError(
+            f"{where}: the target {unknown[0]} is no part of this model; there are"
+            f" {', '.join(TARGETS.values())}"
+        )
+    whole = set(told.get("modules_to_save") or ())
+    modules = [
+        module
+        for module, names in WHOLE.items()
+        if {name.rpartition(".")[2] for name in whole} & set(names)
+    ]
+    if config.tie_word_embeddings and "head" in modules:
+        modules = [module for module in modules if module != "head"]
+    tokens = told.get("trainable_token_indices") or ()
+    if isinstance(tokens, dict):
+        lists = {tuple(sorted(ids)) for ids in tokens.values()}
+        if len(lists) > 1:
+            raise UserError(
+                f"{where}: trainable_token_indices differ between the tables; only the same in both"
+                " are read"
+            )
+        (tokens,) = lists or {()}
+    if not told.get("r", 8):
+        raise UserError(f"{where}: r is 0, which is no adapter; correct it")
+    settings = LoraSettings(
+        rank=told.get("r", 8),
+        alpha=told.get("lora_alpha", 8),
+        dropout=told.get("lora_dropout", 0.0),
+        targets=sorted({ours[name.rpartition(".")[2]] for name in targets}),
+        rslora=told.get("use_rslora", False),
+        train_also=[*modules, *map(str, tokens)],
+    )
+    try:
+        return adapter_config(settings, config, {str(token): token for token in tokens})
+    except UserError as error:
+        raise UserError(f"{where} asks for what this model cannot have: {error}") from None
+
+
+def _at(tree: dict, path: tuple[str, ...]) -> np.ndarray:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _names(
+    config: ModelConfig, adapters: AdapterConfig
+) -> dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]]:
+    """Each of PEFT's tensors: where it lies in our tree, at which layer, and PEFT's shape."""
+    size = sizes(config, adapters) | {"V": config.vocab_size}
+    found = {}
+    _, axes = split(parameter_axes(config, adapters), adapters)
+    for name, factors in axes.get("lora", {}).items():
+        for factor, letters in factors.items():
+            stacked = name in LAYER_AXES
+            letters = letters[stacked:]
+            at = letters.index("R")
+            sides = (letters[:at], "R", letters[at + 1 :])
+            shape = tuple(math.prod(size[letter] for letter in side) for side in sides if side)
+            suffix = (
+                f"lora_embedding_{factor.upper()}"
+                if name == "embed"
+                else f"lora_{factor.upper()}.weight"
+            )
+            for layer in range(config.num_hidden_layers) if stacked else (None,):
+                module = (
+                    f"model.layers.{layer}.{LAYER[name]}"
+                    if stacked
+                    else TOP[name].removesuffix(".weight")
+                )
+                found[f"{PREFIX}{module}.{suffix}"] = ("lora", name, factor), layer, shape
+    for table, letters in axes.get("rows", {}).items():
+        module = TOP[table].removesuffix(".weight")
+        shape = tuple(size[letter] for letter in letters)
+        found[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = (
+            ("rows", table),
+            None,
+            shape,
+        )
+    whole = {
+        "layers." + name if name in LAYER else name
+        for module in adapters.modules
+        for name in MODULES[module]
+    }
+    for name, place in places(config).items():
+        if place.path in whole:
+            found[PREFIX + name] = tuple(place.path.split(".")), place.layer, place.shape
+    return found
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, config: ModelConfig, base: str, dtype: np.dtype
+) -> None:
+    """Writes PEFT's two files into `folder`. `base` is what PEFT will load under the adapter: HF's
+    id or a path.
+    """
+    its = adapter.config
+    tied = config.tie_word_embeddings
+    wanted = _names(config, its)
+    if tied and "embed" in its.modules:
+        # PEFT would leave the head as it was
+        wanted[PREFIX + HEAD] = wanted[PREFIX + EMBED]
+    modules = [name for module in its.modules for name in WHOLE[module]] + (
+        ["lm_head"] if tied and "embed" in its.modules else []
+    )
+    rows = list(its.rows)
+    told = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": its.rank,
+        "lora_alpha": its.alpha,
+        "lora_dropout": its.dropout,
+        "use_rslora": its.rslora,
+        "target_modules": [TARGETS[name] for name in its.targets],
+        "modules_to_save": modules or None,
+        "trainable_token_indices": (
+            ({"embed_tokens": rows} | ({} if tied else {"lm_head": rows})) if rows else None
+        ),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG, told)
+    shapes = {name: shape for name, (_, _, shape) in wanted.items()}
+    with SafetensorsWriter(
+        folder, shapes, dict.fromkeys(shapes, dtype), 1 << 62, single=WEIGHTS
+    ) as writer:
+        for name, (path, layer, shape) in wanted.items():
+            value = _at(adapter.params, path) if layer is None else _at(adapter.params, path)[layer]
+            if path == ("lora", "embed", "a"):
+                value = value[:, : shape[1]]
+            writer.write(
+                name, cast(np.ascontiguousarray(value.reshape(-1, *shape[1:])[: shape[0]]), dtype)
+            )

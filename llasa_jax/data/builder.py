@@ -1,0 +1,282 @@
+"""The dataset on disk: a TFDS dataset of ArrayRecord files, written and read without TensorFlow.
+
+An example is a dict of `id`, `text`, `speaker`, `description`, `language` (str) and `codes` (uint16
+array (frames,)). metadata.json, beside the records, says which codec made the codes.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import hashing
+from tensorflow_datasets.core.shuffle import DuplicatedKeysError
+from tensorflow_datasets.core.utils.shard_utils import ShardConfig
+
+from llasa_jax.errors import UserError
+from llasa_jax.speech.vocab import NUM_CODES
+
+_TEXTS = ("id", "text", "speaker", "description", "language")
+RECORDS_A_FILE = 8_000
+
+
+class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
+    """Utterances as text and XCodec2 codes; `splits` and `metadata` as in `write_dataset`."""
+
+    name = "llasa_speech"
+    code_path = Path(
+        __file__
+    )  # TFDS would look below the package's own folder, with a module it does not depend on
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "id, text, codes, speaker, description, language."}
+
+    def __init__(self, splits: dict[str, Iterable[dict]], metadata: dict, **kwargs):
+        self._splits, self._metadata = splits, metadata
+        super().__init__(**kwargs)
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Utterances as text and XCodec2 codes, for Llasa.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "text": tfds.features.Text(),
+                    "codes": tfds.features.Tensor(shape=(None,), dtype=np.uint16),
+                    "speaker": tfds.features.Text(),
+                    "description": tfds.features.Text(),
+                    "language": tfds.features.Text(),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(self._metadata),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {
+            split: self._generate_examples(examples) for split, examples in self._splits.items()
+        }
+
+    def _generate_examples(self, examples):
+        for example in examples:
+            try:
+                yield (
+                    example["id"],
+                    {
+                        **example,
+                        "text": checked_text(example["text"]),
+                        "codes": checked_codes(example["codes"]),
+                    },
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"the record {example['id']!r} has {error}; mend it or leave it out."
+                ) from None
+
+
+class _ShardConfig(ShardConfig):
+    """Small files: to find a record, ArrayRecord takes 2.5 us for every thousand that its file has,
+    and TFDS would put 120,000 there.
+
+    No more than 512 of them, because each stays open, and 1,024 open files is a usual limit.
+    """
+
+    @classmethod
+    def calculate_number_shards(
+        cls, total_size: int, num_examples: int, uses_precise_sharding: bool = True
+    ) -> int:
+        return min(max(1, num_examples // RECORDS_A_FILE), 512)
+
+
+class _DownloadConfig(tfds.download.DownloadConfig):
+    def get_shard_config(self) -> ShardConfig:
+        return _ShardConfig()
+
+
+def write_dataset(
+    out: str | os.PathLike, splits: dict[str, Iterable[dict]], metadata: dict
+) -> None:
+    """Writes a dataset that `tfds.builder_from_directory(out)` and `open_dataset(out, split)` read.
+
+    `splits` gives each split's examples, streamed: memory holds at most TFDS's shuffle buffer (1
+    GB; it orders records by the hash of their id). `metadata` is a flat dict, kept in
+    metadata.json: codec, fingerprint, hop, sample_rate. Everything is written to `<out>.building`
+    and renamed at the end. Raises `UserError` if `out` is there already, a split is empty, two
+    records of a split share an id, or a record has no text, no codes, or codes outside 0..65,535.
+    """
+    out = Path(out)
+    check_new(out)
+    building = out.with_name(f"{out.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # what a killed run left
+    try:
+        builder = LlasaSpeech(
+            splits=splits, metadata=metadata, data_dir=building, file_format="array_record"
+        )
+        config = _DownloadConfig(try_download_gcs=False)
+        try:
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # TFDS announces the folder that is about to be renamed
+                builder.download_and_prepare(
+                    download_dir=building / "downloads", download_config=config
+                )
+        except AssertionError as error:
+            if "No examples" not in str(error):
+                raise
+            raise UserError(
+                f"{out}: not written, a split has no examples; leave it out of {', '.join(splits)}."
+            ) from error
+        except Exception as error:
+            # To say which two, TFDS needs TensorFlow, and fails anew without.
+            cause = error
+            while cause and not isinstance(cause, DuplicatedKeysError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise UserError(
+                f"{out}: not written, two records of one split share an id; give each its own."
+            ) from error
+        os.rename(builder.data_path, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def record_order(ids: Sequence[str], split: str) -> list[int]:
+    """In which order `write_dataset` puts records with these ids into a split: indices, by TFDS's
+    hash of the split and the id.
+    """
+    hasher = hashing.Hasher(split)
+    return sorted(range(len(ids)), key=lambda i: hasher.hash_key(ids[i]))
+
+
+def checked_text(text: str) -> str:
+    """The text as it is. ValueError, saying what the record has instead, if it is none or blank."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("no text")
+    return text
+
+
+def checked_codes(codes) -> np.ndarray:
+    """Codes, integers (frames,), as uint16. ValueError, saying what the record has instead, where
+    they are no codes of XCodec2.
+    """
+    codes = np.asarray(codes)
+    if codes.size == 0:
+        raise ValueError("no codes")
+    if codes.ndim != 1 or codes.dtype.kind not in "iu":
+        raise ValueError(
+            f"codes of shape {codes.shape} and type {codes.dtype}, not a flat array of integers"
+        )
+    low, high = int(codes.min()), int(codes.max())
+    if low >= 0 and high < NUM_CODES:
+        return codes.astype(np.uint16)
+    if low >= NUM_CODES:
+        raise ValueError(
+            f"codes from {low} to {high}, which look like token ids: subtract the id of <|s_0|>"
+            " (128264 in Llasa's own vocabulary)"
+        )
+    raise ValueError(f"codes from {low} to {high}, outside 0..{NUM_CODES - 1}")
+
+
+def check_new(out: Path) -> None:
+    """Raises `UserError` where a dataset must not be written: over a file, or into a folder that
+    holds something.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: already exists; give another folder, or delete it first.")
+
+
+class Records:
+    """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a
+    uint16 array. Picklable.
+
+    Reading raises `UserError`, naming the split as `name`, where a file is damaged.
+    """
+
+    def __init__(self, source, name: str):
+        self._source, self._name = source, name
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        try:
+            example, damage = self._source[index], ""
+        except RuntimeError as error:
+            example, damage = {}, f" ({error})"
+        # A file that was cut short may also give records without fields.
+        if any(example.get(name) is None for name in ("codes", *_TEXTS)):
+            raise UserError(
+                f"{self._name}: record {index} cannot be read, its file is damaged{damage}; copy"
+                " the folder again."
+            )
+        return {"codes": example["codes"], **{key: example[key].decode() for key in _TEXTS}}
+
+
+def open_dataset(folder: str | os.PathLike, split: str) -> Records:
+    """Opens one split of a dataset that `write_dataset` made.
+
+    Raises `UserError` if the folder is no such dataset, has no such split, or the split is empty or
+    lacks one of its files.
+    """
+    folder = Path(folder)
+    read_metadata(folder)
+    info = tfds.builder_from_directory(folder).info
+    if split not in info.splits:
+        raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(info.splits))}.")
+    missing = [str(path) for path in info.splits[split].filepaths if not Path(path).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: the split {split!r} lacks {Path(missing[0]).name}; copy the whole folder"
+            " again."
+        )
+    if not info.splits[split].num_examples:
+        raise UserError(
+            f"{folder}: the split {split!r} is empty; leave it out of the settings, or make the"
+            " dataset again."
+        )
+    return Records(
+        tfds.builder_from_directory(folder).as_data_source(split), f"{folder}, split {split!r}"
+    )
+
+
+def split_sizes(folder: str | os.PathLike) -> dict[str, int]:
+    """How many records each split has. Raises `UserError` if the folder is no such dataset."""
+    read_metadata(folder)
+    return {
+        name: split.num_examples
+        for name, split in tfds.builder_from_directory(folder).info.splits.items()
+    }
+
+
+def read_metadata(folder: str | os.PathLike) -> dict:
+    """The `metadata` that `write_dataset` was given. Raises `UserError` if the folder is no such
+    dataset.
+    """
+    folder = Path(folder)
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder}: no dataset of codes, it has no {name}; make one with `llasa-jax"
+                " encode`."
+            )
+    try:
+        name = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get("name")
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: damaged, one of its .json files is not JSON ({error}); copy the whole"
+            " folder again."
+        ) from error
+    if name != LlasaSpeech.name:
+        raise UserError(
+            f"{folder}: a TFDS dataset named {name!r}, not {LlasaSpeech.name!r}; make one with"
+            " `llasa-jax encode`."
+        )
+    return metadata

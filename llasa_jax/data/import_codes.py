@@ -1,0 +1,112 @@
+"""Folders of `{id}.npy` or `{id}.wav.npy` codes, as XCodec2's own script writes them, and a file of
+transcripts, as a dataset.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_import
+from llasa_jax.data.manifest import Clip, assign_splits, read_transcripts
+from llasa_jax.errors import UserError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+
+
+def import_codes(
+    folder: str | os.PathLike,
+    transcripts: str | os.PathLike,
+    out: str | os.PathLike,
+    codec_name: str = UNKNOWN_CODEC,
+    code_offset: int = 0,
+    validation_share: float = 0.0,
+    seed: int = 0,
+    max_bad_share: float = 0.05,
+) -> Imported:
+    """Imports the clips of `transcripts` (see `read_transcripts`) whose codes lie somewhere below
+    `folder`, into the new dataset `out`.
+
+    A transcript's id is the codes' path below `folder` or, where that is the only one, its last
+    part, either without suffixes. `code_offset` is subtracted from every code: 128264 where they
+    are Llasa's token ids. `validation_share` and `seed` are those of `encode`. Transcripts without
+    codes, and codes without a transcript, count as bad. Raises UserError as `write_import` does.
+    """
+    folder = Path(folder)
+    clips = read_transcripts(transcripts)
+    if not 0 <= validation_share < 1:
+        raise UserError(f"validation_share is {validation_share}; give a share in [0, 1).")
+    paths = sorted(folder.rglob("*.npy"))
+    if not paths:
+        raise UserError(
+            f"{folder}: no .npy files in it or below; give the folder that holds the codes."
+        )
+    by_path = {_without_suffixes(path.relative_to(folder).as_posix()): path for path in paths}
+    by_name: dict[str, list[Path]] = {}
+    for path in paths:
+        by_name.setdefault(_without_suffixes(path.name), []).append(path)
+
+    found: dict[str, Path] = {}
+    for clip in clips:
+        key = _without_suffixes(clip.id)
+        candidates = [by_path[key]] if key in by_path else by_name.get(key, [])
+        if len(candidates) > 1:
+            raise UserError(
+                f"{transcripts}: the id {clip.id!r} may be {candidates[0].relative_to(folder)} or"
+                f" {candidates[1].relative_to(folder)}; write the path below the folder as the id."
+            )
+        if candidates:
+            found[clip.id] = candidates[0]
+    unspoken = sorted(set(paths) - set(found.values()))
+    assigned = assign_splits(clips, validation_share, seed)
+    splits: dict[str, list[Clip]] = {}
+    for clip in clips:
+        splits.setdefault(assigned[clip.id], []).append(clip)
+
+    def rows(members: list[Clip], leftover: list[Path]) -> Iterator[dict | Noted]:
+        for path in leftover:
+            yield Noted(path.relative_to(folder).as_posix(), "no transcript")
+        for clip in members:
+            yield _row(clip, found.get(clip.id), code_offset)
+
+    first = min(splits)
+    streams = {
+        split: rows(members, unspoken if split == first else [])
+        for split, members in splits.items()
+    }
+    return write_import(folder, out, streams, codec_name, max_bad_share)
+
+
+def _row(clip: Clip, path: Path | None, code_offset: int) -> dict | Noted:
+    if path is None:
+        return Noted(clip.id, "no codes: no .npy file of that name")
+    try:
+        codes = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        return Noted(clip.id, f"codes that cannot be read ({path.name}: {error})")
+    row = dataclasses.asdict(clip)
+    del row["audio"], row["split"]
+    return {**row, "codes": as_codes(codes, code_offset)}
+
+
+def as_codes(codes, offset: int) -> np.ndarray:
+    """Codes as others keep them, flat (frames,): axes of length 1, as of batch and codebook,
+    dropped, and `offset` subtracted.
+    """
+    codes = np.asarray(codes)
+    codes = (
+        codes.reshape(max(codes.shape))
+        if codes.size and codes.size == max(codes.shape, default=0)
+        else codes
+    )
+    return codes.astype(np.int64) - offset if offset and codes.dtype.kind in "iu" else codes
+
+
+def _without_suffixes(name: str) -> str:
+    name = name.removesuffix(".npy")
+    for suffix in AUDIO_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name

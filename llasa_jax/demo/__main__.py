@@ -1,0 +1,5 @@
+import sys
+
+from llasa_jax.demo import main
+
+sys.exit(main())

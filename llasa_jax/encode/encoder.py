@@ -1,0 +1,409 @@
+"""Codes made as they are wanted: clips are read ahead, encoded with others of their length, and
+given in the order they were asked for.
+"""
+
+import json
+import os
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from llasa_jax.codec import HOP, MAX_BATCH_SAMPLES, Codec
+from llasa_jax.data.batching import Source
+from llasa_jax.encode.readers import AudioSource, Key, Readers
+from llasa_jax.encode.settings import OnlineSettings
+from llasa_jax.errors import UserError
+from llasa_jax.speech.audio import SAMPLE_RATE
+from llasa_jax.speech.prompts import Utterance
+
+SHOWN = 20  # bad clips told on the terminal
+ENOUGH = 1000  # clips, or all if they are fewer, before a share of bad ones says anything
+READING = "reading the audio "
+T = TypeVar("T")
+
+
+class Cache(Protocol):
+    """Codes of one source's clips that were made before; see `data/online_cache.py`."""
+
+    def get(self, index: int) -> np.ndarray | None: ...
+
+    def put(self, clips: Sequence[tuple[int, np.ndarray]]) -> None: ...
+
+    def finish(self, skipped: set[int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlannedClip(Utterance):
+    """An utterance whose audio is not encoded yet: `codes` are zeros, as many as there will be."""
+
+    key: Key = (-1, -1)
+
+
+class Skipped:
+    """Clips that turned out bad, each with its reason: remembered, told once, and listed in a file
+    as soon as one is given.
+    """
+
+    def __init__(self):
+        self._reasons: dict[Key, str] = {}
+        self._lines: list[dict[str, str]] = []
+        self._listed: set[str] = set()
+        self._path: Path | None = None
+        self._lock = threading.Lock()
+
+    def add(self, key: Key, clip_id: str, audio: str, reason: str) -> None:
+        with self._lock:
+            if key in self._reasons:
+                return
+            self._reasons[key] = reason
+            self._lines.append({"id": clip_id, "audio": audio, "reason": reason})
+            self._write()
+        if len(self) <= SHOWN:
+            more = (
+                ""
+                if len(self) < SHOWN
+                else " (others that follow are only listed in the run's bad.jsonl)"
+            )
+            warnings.warn(f"the clip {clip_id!r} is skipped: {reason}{more}", stacklevel=2)
+
+    def list_in(self, path: Path) -> None:
+        with self._lock:
+            self._path = path
+            self._listed = (
+                set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+            )
+            self._write()
+
+    def of(self, number: int) -> set[int]:
+        """The indices of a source's skipped clips."""
+        return {index for source, index in self._reasons if source == number}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._reasons
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def explained(self) -> str:
+        """The first reason, and where the others are."""
+        first = next(iter(self._reasons.values())).rstrip(".")
+        return f"the first: {first}" + (f". All are listed in {self._path}" if self._path else "")
+
+    def _write(self) -> None:
+        if self._path is None or not self._lines:
+            return
+        lines = [json.dumps(line, ensure_ascii=False) for line in self._lines]
+        self._lines = []
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines if line not in self._listed)
+
+
+class PlannedClips(Sequence[PlannedClip | None]):
+    """One split of a source of audio as records to plan rows with. `number` tells the source from
+    the run's others.
+
+    A clip whose length cannot be told is skipped: None.
+    """
+
+    def __init__(self, audio: AudioSource, split: str, number: int, skipped: Skipped):
+        self.audio, self.split, self.number, self.skipped = audio, split, number, skipped
+        self.indices = [*audio.split(split)]
+        self._samples = np.full(len(self.indices), -1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, at: int) -> PlannedClip | None:
+        index = self.indices[at]
+        key = self.number, index
+        utterance = self.audio.utterance(index)
+        if self._samples[at] < 0:
+            try:
+                self._samples[at] = self.audio.samples(index)
+            except (UserError, OSError) as error:
+                self.skipped.add(key, utterance.id, self.audio.key(index)[0], str(error))
+                return None
+        given = {field.name: getattr(utterance, field.name) for field in fields(Utterance)}
+        return PlannedClip(
+            **given | {"codes": np.zeros(self._samples[at] // HOP + 1, np.uint16), "key": key}
+        )
+
+
+class EncodedClips(Sequence[Utterance | None]):
+    """Planned clips with those codes that are given; None for a skipped clip."""
+
+    def __init__(self, clips: PlannedClips, codes: dict[Key, np.ndarray | None]):
+        self._clips, self._codes = clips, codes
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, at: int) -> Utterance | None:
+        return with_codes(self._clips[at], self._codes)
+
+
+def with_codes(clip: PlannedClip | None, codes: dict[Key, np.ndarray | None]) -> PlannedClip | None:
+    return None if clip is None or codes[clip.key] is None else replace(clip, codes=codes[clip.key])
+
+
+class Encoder:
+    """A codec, the processes that read for it, and the caches of what it has made, one a source
+    (None without). A context.
+
+    `clips` are all splits of all online sources. Codes are those of each clip alone: clips share
+    the codec's batch only with others of their length (see `Xcodec2Codec`).
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        clips: Sequence[PlannedClips],
+        settings: OnlineSettings,
+        caches: Sequence[Cache | None],
+    ):
+        self.codec, self.splits, self.settings, self.skipped = (
+            codec,
+            clips,
+            settings,
+            clips[0].skipped,
+        )
+        self._caches = caches
+        self._sources = list(
+            {one.number: one.audio for one in sorted(clips, key=lambda one: one.number)}.values()
+        )
+        self._used = [np.zeros(len(source), bool) for source in self._sources]
+        self._used_clips = 0
+        self._readers: Readers | None = None
+        self._told: dict[
+            Key, float
+        ] = {}  # of which clip's stall was told, and after how many times the time that is set
+        self.closed = threading.Event()
+        self.encoded_seconds = 0.0
+        self.doing = "planning"
+        _divide_machine(settings)
+
+    def encode(
+        self, wanted: Iterator[tuple[Sequence[PlannedClip], T]], ahead: int
+    ) -> Iterator[tuple[dict[Key, np.ndarray | None], T]]:
+        """For every group of clips with whatever comes with it, in order: the codes of each, None
+        for those that are bad.
+
+        Looks `ahead` groups ahead, for clips to encode together. Ends early once the encoder is
+        closed. UserError where too many are bad.
+        """
+        groups: deque[tuple[list[Key], T]] = deque()
+        users: Counter[Key] = Counter()  # how many groups still want a clip
+        codes: dict[Key, np.ndarray | None] = {}
+        missing: dict[Key, PlannedClip] = {}  # in the order in which they are needed
+        unread: deque[Key] = deque()
+        waves: dict[Key, np.ndarray] = {}
+        held, more = 0, True
+        while not self.closed.is_set():
+            while more and len(groups) < ahead:
+                self.doing = "reading how long the next clips are"
+                clips, payload = next(wanted, (None, None))
+                if clips is None:
+                    more = False
+                    break
+                groups.append(([clip.key for clip in clips], payload))
+                for clip in clips:
+                    users[clip.key] += 1
+                    if clip.key in codes or clip.key in missing:
+                        continue
+                    known, codes_ = self._known(clip)
+                    if known:
+                        codes[clip.key] = codes_
+                    else:
+                        missing[clip.key] = clip
+                        unread.append(clip.key)
+                self._check_share()
+            if not groups:
+                return
+            while unread and (not held or held < self.settings.read_ahead * SAMPLE_RATE):
+                held += len(missing[unread[0]].codes) * HOP
+                self._read(unread.popleft())
+            if all(key in codes for key in groups[0][0]):
+                keys, payload = groups.popleft()
+                yield {key: codes[key] for key in keys}, payload
+                users.subtract(keys)
+                for key in {key for key in keys if not users[key]}:
+                    del users[key], codes[key]
+                continue
+            for key, wave, reason in self._receive(block=not waves):
+                if not reason and len(wave) // HOP + 1 != len(missing[key].codes):
+                    reason = (
+                        f"{self._name(key)}: its length is not the one that its header tells;"
+                        " export it again from its source"
+                    )
+                if reason:
+                    held -= len(missing[key].codes) * HOP
+                    codes[key] = None
+                    self.skipped.add(key, missing.pop(key).id, self._name(key), reason)
+                    self._check_share()
+                else:
+                    waves[key] = wave
+            if waves:
+                together = self._alike(missing, waves)
+                for key, made in zip(
+                    together,
+                    self._encode(together, [waves.pop(key) for key in together]),
+                    strict=True,
+                ):
+                    held -= len(missing.pop(key).codes) * HOP
+                    codes[key] = made
+
+    def held_out(self, sources: Sequence[Source], process: tuple[int, int]) -> list[Source]:
+        """Sources to run through once (see `plan`), with the codes of this host's clips made now
+        and kept in memory.
+        """
+        index, count = process
+        mine = [(source.records, i) for source in sources for i in range(len(source.records))][
+            index::count
+        ]
+        clips = [
+            clip
+            for records, i in mine
+            if isinstance(records, PlannedClips) and (clip := records[i])
+        ]
+        groups = ((clips[i : i + 32], None) for i in range(0, len(clips), 32))
+        codes: dict[Key, np.ndarray | None] = {}
+        for made, _ in self.encode(groups, ahead=4):
+            codes |= made
+        return [
+            (
+                replace(source, records=EncodedClips(source.records, codes))
+                if isinstance(source.records, PlannedClips)
+                else source
+            )
+            for source in sources
+        ]
+
+    def finish(self) -> None:
+        """Encodes no more, and turns caches that are whole into datasets."""
+        self.closed.set()
+        for number, cache in enumerate(self._caches):
+            if cache:
+                cache.finish(self.skipped.of(number))
+
+    def __enter__(self):
+        if not all(self._caches):
+            self._start_readers()  # while the model is loaded
+        return self
+
+    def __exit__(self, *error):
+        self.closed.set()
+        if self._readers:
+            self._readers.close()
+        for cache in filter(None, self._caches):
+            cache.close()
+
+    def _known(self, clip: PlannedClip) -> tuple[bool, np.ndarray | None]:
+        """Whether there is nothing to encode, and the codes; None for a bad clip."""
+        number, index = clip.key
+        self._used_clips += not self._used[number][index]
+        self._used[number][index] = True
+        if clip.key in self.skipped:
+            return True, None
+        codes = self._caches[number].get(index) if self._caches[number] else None
+        return codes is not None and len(codes) == len(clip.codes), codes
+
+    def _start_readers(self) -> Readers:
+        if self._readers is None:
+            self._readers = Readers(self._sources, self.settings.workers)
+        return self._readers
+
+    def _read(self, key: Key) -> None:
+        self._start_readers().submit(key)
+
+    def _receive(self, block: bool) -> list[tuple[Key, np.ndarray | None, str]]:
+        self.doing = READING
+        received = self._readers.receive(0.2 if block else 0)
+        if not block or received:
+            return received
+        self.doing = "starting the processes that read audio"
+        if slowest := self._readers.slowest():
+            key, seconds = slowest
+            self.doing = f"{READING}{self._name(key)}"
+            # Told after the time that is set, twice as long, four times: not for ever.
+            turns = seconds / self.settings.stall_seconds
+            if turns >= 1 and turns >= 2 * self._told.get(key, 0.5):
+                self._told = {key: turns}
+                warnings.warn(
+                    f"the data source is stalled: reading {self._name(key)} has taken {seconds:.0f}"
+                    " s so far",
+                    stacklevel=2,
+                )
+        return received
+
+    def _alike(self, missing: dict[Key, PlannedClip], waves: dict[Key, np.ndarray]) -> list[Key]:
+        """Of the clips that are read the one that is needed first, and others of its length, as
+        many as the codec takes at once.
+        """
+        frames = len(next(clip for key, clip in missing.items() if key in waves).codes)
+        alike = [key for key, clip in missing.items() if key in waves and len(clip.codes) == frames]
+        return alike[: max(1, MAX_BATCH_SAMPLES // (frames * HOP))]
+
+    def _encode(self, keys: list[Key], waves: list[np.ndarray]) -> list[np.ndarray]:
+        seconds = sum(map(len, waves)) / SAMPLE_RATE
+        self.doing = f"encoding {len(keys)} clips, {seconds:.0f} s of audio"
+        try:
+            codes = self.codec.encode(waves)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise UserError(
+                f"the codec ran out of memory on {self.settings.device}, {self.doing}; raise"
+                f" data.online.gpu_memory (it is {self.settings.gpu_memory}), or name another"
+                " data.online.device"
+            ) from error
+        self.encoded_seconds += seconds
+        for number, cache in enumerate(self._caches):
+            if cache:
+                cache.put(
+                    [
+                        (index, made)
+                        for (source, index), made in zip(keys, codes, strict=True)
+                        if source == number
+                    ]
+                )
+        return codes
+
+    def _check_share(self) -> None:
+        seen = max(self._used_clips, min(sum(map(len, self._used)), ENOUGH))
+        if len(self.skipped) > self.settings.max_bad_share * seen:
+            raise UserError(
+                f"{len(self.skipped)} clips of audio are bad, more than"
+                f" data.online.max_bad_share={self.settings.max_bad_share} of {seen};"
+                f" {self.skipped.explained()}; mend them, take them out, or raise the share"
+            )
+
+    def _name(self, key: Key) -> str:
+        return self._sources[key[0]].key(key[1])[0]
+
+
+def _divide_machine(settings: OnlineSettings) -> None:
+    """Keeps PyTorch to its share of cores or of its GPU."""
+    import torch
+
+    if settings.device.startswith("cuda") and settings.gpu_memory:
+        torch.cuda.set_per_process_memory_fraction(settings.gpu_memory, settings.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shared = settings.device == "cpu" and jax.default_backend() == "cpu"
+    torch.set_num_threads(settings.torch_threads or max(1, cores // 2 if shared else cores))
+
+
+def share_gpu(settings: OnlineSettings) -> None:
+    """Leaves the codec its part of the GPUs' memory, all of which JAX would otherwise plan with.
+    Before JAX begins.
+    """
+    if settings.device.startswith("cuda"):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.95 - settings.gpu_memory:.2f}")

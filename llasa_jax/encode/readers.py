@@ -1,0 +1,188 @@
+"""Audio read and resampled in processes of their own, which may be slow, stall or die without
+training doing so.
+"""
+
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from time import monotonic
+from typing import Protocol
+
+import numpy as np
+
+from llasa_jax.errors import UserError
+from llasa_jax.speech.prompts import Utterance
+
+CHANCES = 3  # how many processes may die of one clip
+STARTS = 10  # how many processes in a row may die as they start
+Key = tuple[int, int]  # a source and the clip's index in it
+
+
+class AudioSource(Protocol):
+    """Clips of audio with their texts, with random access. Picklable, and quick to import: it is
+    sent to every reading process.
+    """
+
+    name: str  # where it lies, for messages; its last part names its cache where there are several
+
+    def __len__(self) -> int: ...
+
+    def split(self, name: str) -> Sequence[int]:
+        """The indices of a split's clips, in the order of a dataset made from them
+        (`builder.record_order`). UserError without it.
+        """
+
+    def utterance(self, index: int) -> Utterance:
+        """Everything but the codes, which are empty. Ids are unique in the source."""
+
+    def key(self, index: int) -> tuple[str, int, int]:
+        """Where the audio lies, its size and its time of change: codes in a cache are good for the
+        same key only.
+        """
+
+    def samples(self, index: int) -> int:
+        """How many samples `wave` has, without decoding. Raises UserError where that cannot be
+        told.
+        """
+
+    def wave(self, index: int) -> np.ndarray:
+        """Float32 (samples,), mono, 16 kHz. Raises UserError, with the reason, for a clip that
+        cannot be used.
+        """
+
+
+class Readers:
+    """`count` processes that read clips of `sources`. One that dies is replaced, and its clip read
+    again by another.
+
+    They are given a clip once they have started, so that one that dies before is no clip's fault.
+    Spawned, not forked: a fork of a process that runs JAX may hang. They leave signals to the
+    trainer, which kills them with `close`, and end by themselves when it is gone.
+    """
+
+    def __init__(self, sources: Sequence[AudioSource], count: int):
+        self._sources, self._context = sources, multiprocessing.get_context("spawn")
+        self._todo: deque[Key] = deque()
+        self._deaths: Counter[Key] = Counter()
+        self._in_vain = 0  # processes that died as they started since one did not
+        self._idle: list = []  # processes, each after its pipe
+        # a process's pipe -> what it reads (None while it starts), since when, and the process
+        self._busy: dict = {}
+        self._closed = False
+        for _ in range(count):
+            self._start()
+
+    def submit(self, key: Key) -> None:
+        """Asks for a clip, after all that were asked for before."""
+        self._todo.append(key)
+        self._hand_out()
+
+    def receive(self, timeout: float) -> list[tuple[Key, np.ndarray | None, str]]:
+        """Clips that are read, in any order: (key, wave, "") or (key, None, why it cannot be used).
+        Waits `timeout` seconds at most.
+        """
+        results = []
+        for pipe in wait(list(self._busy), timeout) if self._busy else ():
+            key, _, process = self._busy.pop(pipe)
+            try:
+                wave, reason = pipe.recv()
+            except (EOFError, OSError):
+                if self._closed:
+                    return results
+                results += self._died(key, process)
+                continue
+            self._idle.append((pipe, process))
+            if key is None:
+                self._in_vain = 0
+            else:
+                del self._deaths[key]
+                results.append((key, wave, reason))
+        self._hand_out()
+        return results
+
+    def slowest(self) -> tuple[Key, float] | None:
+        """The clip that is being read the longest, and for how many seconds; None if nothing is."""
+        reading = [(since, key) for key, since, _ in list(self._busy.values()) if key is not None]
+        if not reading:
+            return None
+        since, key = min(reading)
+        return key, monotonic() - since
+
+    def close(self) -> None:
+        self._closed = True
+        for process in [process for _, process in self._idle] + [
+            process for *_, process in list(self._busy.values())
+        ]:
+            process.kill()
+
+    def _start(self) -> None:
+        ours, its = self._context.Pipe()
+        process = self._context.Process(
+            target=_read, args=(self._sources, its), daemon=True, name="llasa-jax reader"
+        )
+        process.start()
+        its.close()  # or its end would go unnoticed
+        self._busy[ours] = None, monotonic(), process
+
+    def _hand_out(self) -> None:
+        while self._todo and self._idle and not self._closed:
+            pipe, process = self._idle.pop()
+            try:
+                pipe.send(self._todo[0])
+            except OSError:
+                self._replace(process)
+                continue
+            self._busy[pipe] = self._todo.popleft(), monotonic(), process
+
+    def _died(self, key: Key | None, process) -> list[tuple[Key, None, str]]:
+        code = self._replace(process)
+        if key is None:
+            self._in_vain += 1
+            if self._in_vain >= STARTS:
+                raise RuntimeError(
+                    f"{STARTS} processes that read audio died as they started, the last with exit"
+                    f" code {code}"
+                )
+            return []
+        self._deaths[key] += 1
+        if self._deaths[key] < CHANCES:
+            self._todo.appendleft(key)
+            return []
+        return [
+            (key, None, f"{CHANCES} processes that read it died, the last with exit code {code}")
+        ]
+
+    def _replace(self, process) -> int | None:
+        process.join(1)
+        self._start()
+        return process.exitcode
+
+
+def _read(sources: Sequence[AudioSource], pipe) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    result = None, ""  # the first thing that is sent: it has started
+    while True:
+        try:
+            pipe.send(result)
+            source, index = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            result = _checked(sources[source].wave(index)), ""
+        except (UserError, OSError) as error:
+            result = None, str(error)
+        except Exception as error:  # noqa: BLE001 decoders raise their own kinds, and one clip is not worth a run
+            result = None, f"{type(error).__name__}: {error}"
+
+
+def _checked(wave: np.ndarray) -> np.ndarray:
+    wave = np.asarray(wave, np.float32)
+    if wave.ndim != 1 or not wave.size or not np.isfinite(wave).all():
+        raise UserError(
+            f"the wave, of shape {wave.shape}, is not a channel of finite samples; export it again"
+            " from its source"
+        )
+    return wave

@@ -1,0 +1,114 @@
+"""From scores to the next token: transformers' logits processors as pure functions, in the order
+`generate` applies them.
+
+Letters: B rows, V vocabulary. Scores are float32 [B, V]; a token that cannot be drawn scores -inf.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from llasa_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. Raises UserError for a value that means nothing.
+
+    Llasa's own settings are the defaults: temperature 0.8, top-p 1; upstream adds a repetition
+    penalty of 1.2 for finetuned voices. `temperature` 0 takes the best token (greedy); `top_p` 1
+    and `top_k` 0 keep all; `repetition_penalty` 1 is none, and counts the prompt's tokens too.
+    `speech_only` lets nothing but codes and the end marker be drawn. One `seed` gives the same
+    speech again.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    speech_only: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature is {self.temperature}; give a number from 0 (greedy) up, such as 0.8"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps every token)"
+            )
+        if self.top_k < 0:
+            raise UserError(
+                f"top_k is {self.top_k}; give a positive number of tokens to keep, or 0 to keep all"
+            )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}; give a number above 0, such as"
+                " 1.2 (1 is none)"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed}; give a whole number from 0 to {2**31 - 1}")
+
+
+def penalize_repetition(scores_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
+    """Worse scores for tokens that a row has `seen` (bool [B, V]). transformers'
+    `RepetitionPenaltyLogitsProcessor`.
+    """
+    return jnp.where(
+        seen_BV, jnp.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty), scores_BV
+    )
+
+
+def keep_allowed(scores_BV: jax.Array, allowed_V: jax.Array) -> jax.Array:
+    """Only tokens that are `allowed` (bool [V]). transformers' `SuppressTokensLogitsProcessor`, of
+    the others.
+    """
+    return jnp.where(allowed_V, scores_BV, -jnp.inf)
+
+
+def keep_top_k(scores_BV: jax.Array, k: int) -> jax.Array:
+    """The k best tokens, and those that tie with the last of them. transformers'
+    `TopKLogitsWarper`.
+    """
+    worst_kept = jax.lax.top_k(scores_BV, min(k, scores_BV.shape[-1]))[0][:, -1:]
+    return jnp.where(scores_BV < worst_kept, -jnp.inf, scores_BV)
+
+
+def keep_top_p(scores_BV: jax.Array, p: float) -> jax.Array:
+    """The fewest most probable tokens whose probabilities reach p; always one. transformers'
+    `TopPLogitsWarper`.
+    """
+    rows = jnp.arange(scores_BV.shape[0])[:, None]
+    ascending = jnp.argsort(scores_BV, axis=-1)
+    below = jnp.cumsum(jax.nn.softmax(scores_BV[rows, ascending], axis=-1), axis=-1)
+    drop = (below <= 1 - p).at[:, -1].set(False)
+    return scores_BV.at[rows, ascending].set(jnp.where(drop, -jnp.inf, scores_BV[rows, ascending]))
+
+
+def process(
+    scores_BV: jax.Array, seen_BV: jax.Array, allowed_V: jax.Array, settings: SamplingSettings
+) -> jax.Array:
+    """All of the above that `settings` ask for, in HF's order. Greedy goes without temperature,
+    top-k and top-p, as in HF.
+    """
+    if settings.repetition_penalty != 1:
+        scores_BV = penalize_repetition(scores_BV, seen_BV, settings.repetition_penalty)
+    scores_BV = keep_allowed(scores_BV, allowed_V)
+    if settings.temperature == 0:
+        return scores_BV
+    scores_BV = scores_BV / settings.temperature
+    if settings.top_k:
+        scores_BV = keep_top_k(scores_BV, settings.top_k)
+    return keep_top_p(scores_BV, settings.top_p) if settings.top_p < 1 else scores_BV
+
+
+def draw(scores_BV: jax.Array, keys_B: jax.Array, settings: SamplingSettings) -> jax.Array:
+    """One token a row, int32 [B], from processed scores. A key for each row, so a row's draw
+    depends on no other row.
+    """
+    if settings.temperature == 0:
+        return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, scores_BV).astype(jnp.int32)

@@ -1,0 +1,132 @@
+"""What a model will see: the first records of training as tokens, with those that carry loss in
+colour.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from llasa_jax.codec import Codec, load_codec
+from llasa_jax.convert.model_folder import load_tokenizer
+from llasa_jax.data.batching import ToExample, drawn, draws_per_epoch, sources_of
+from llasa_jax.encode.encoder import PlannedClip, PlannedClips
+from llasa_jax.errors import UserError
+from llasa_jax.speech.prompts import Prompter
+from llasa_jax.speech.vocab import NUM_CODES
+from llasa_jax.train.settings import Settings
+
+SHOWN_CODES = 3  # at either end of a run of codes
+LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def preview(
+    settings: Settings,
+    records: Sequence[Sequence],
+    count: int,
+    *,
+    as_json: bool = False,
+    out: TextIO | None = None,
+) -> None:
+    """Writes the first `count` records of training, in the order in which they are drawn, to `out`
+    (stdout); at most one epoch of them.
+
+    `records` are those of each of `settings.sources`; audio among them is encoded for the purpose.
+    Records that are too long for a row are cut, or named and left out, as training does. With
+    `as_json` each is a line with `id`, `input_ids` and `labels`, which are the ids that carry loss
+    and -100 elsewhere.
+    """
+    out = out or sys.stdout
+    tokenizer = load_tokenizer(Path(settings.model.path))
+    if any(isinstance(data, PlannedClips) for data in records):
+        codec = load_codec(settings.data.online.codec, settings.data.online.device)
+        records = [
+            _Encoded(data, codec) if isinstance(data, PlannedClips) else data for data in records
+        ]
+    sources = sources_of(settings.sources, tokenizer, records)
+    order = drawn(sources, settings.train.seed)
+    to_example = ToExample(sources, settings.data.max_length, settings.data.too_long)
+    coloured = out.isatty() and not os.environ.get("NO_COLOR")
+    for draw in range(min(count, draws_per_epoch(sources))):
+        source, record = order[draw] or (0, None)
+        if record is None:
+            continue  # a bad clip, of which a warning has told
+        example = to_example(source, record)
+        if example is None:
+            print(
+                f"{record.id}: longer than data.max_length={settings.data.max_length}, left out",
+                file=sys.stderr if as_json else out,
+            )
+        elif as_json:
+            labels = np.where(example.loss, example.tokens, -100)
+            print(
+                json.dumps(
+                    {
+                        "id": record.id,
+                        "input_ids": example.tokens.tolist(),
+                        "labels": labels.tolist(),
+                    }
+                ),
+                file=out,
+            )
+        else:
+            task, path = sources[source].prompter.settings.task, settings.sources[source].path
+            print(
+                f"== {record.id}  {task} from {path}: {len(example.tokens)} tokens,"
+                f" {example.loss.sum()} with loss",
+                file=out,
+            )
+            for text, learned in _pieces(
+                example.tokens, example.loss, sources[source].prompter, tokenizer
+            ):
+                print(f"{LEARNED}{text}{PLAIN}" if learned and coloured else text, end="", file=out)
+            print("\n", file=out)
+
+
+class _Encoded(Sequence):
+    """Clips of audio, encoded when asked for; None for a bad one."""
+
+    def __init__(self, clips: PlannedClips, codec: Codec):
+        self._clips, self._codec = clips, codec
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, at: int) -> PlannedClip | None:
+        clip = self._clips[at]
+        if clip is None:
+            return None
+        _, index = clip.key
+        try:
+            return replace(clip, codes=self._codec.encode([self._clips.audio.wave(index)])[0])
+        except (UserError, OSError) as error:
+            self._clips.skipped.add(clip.key, clip.id, self._clips.audio.key(index)[0], str(error))
+            return None
+
+
+def _pieces(
+    tokens: np.ndarray, loss: np.ndarray, prompter: Prompter, tokenizer
+) -> Iterator[tuple[str, bool]]:
+    """The decoded text in runs of one colour, its codes abridged, and whether they carry loss."""
+    is_code = (tokens >= prompter.vocab.code_base) & (tokens < prompter.vocab.code_base + NUM_CODES)
+    cuts = np.flatnonzero(np.diff(is_code) | np.diff(loss)) + 1
+    for run in np.split(np.arange(len(tokens)), cuts):
+        left_out = len(run) - 2 * SHOWN_CODES
+        if is_code[run[0]] and left_out > 1:
+            first, last = (
+                tokenizer.decode(tokens[run[:SHOWN_CODES]]),
+                tokenizer.decode(tokens[run[-SHOWN_CODES:]]),
+            )
+            text = f"{first} ... {left_out} more ... {last}"
+        else:
+            # A record's text must not steer the terminal.
+            text = "".join(
+                c if c.isprintable() or c == "\n" else repr(c)[1:-1]
+                for c in tokenizer.decode(tokens[run])
+            )
+        yield text, bool(loss[run[0]])

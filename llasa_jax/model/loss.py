@@ -1,0 +1,270 @@
+"""Cross-entropy over the whole vocabulary without ever holding the logits of a whole row.
+
+One row of 2,048 tokens over 193,800 classes is 1.6 GB of float32 logits. Here a loop takes `chunk`
+tokens of every row at a time, of those that count alone, and the same pass makes that chunk's
+gradients, so that nothing is computed twice. On a mesh each device holds its share of the
+vocabulary and sees the rows of its whole `fsdp` group: neither the table nor its gradient is ever
+gathered.
+
+Letters: B rows, C tokens of a chunk, V vocabulary, D model width.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llasa_jax.model.sharding import ROWS, TABLE, VOCABULARY, make_mesh
+
+Factors = tuple[jax.Array, ...]
+
+
+def chunked_cross_entropy(
+    hidden_BTD: jax.Array | Factors,
+    table_VD: jax.Array | Factors,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of -log p(target) in nats, and how many targets are the likeliest token, over the
+    tokens in `mask`.
+
+    `table` may be padded beyond `vocab_size`: its padding takes no part. Both results are float32
+    scalars; divide by the mask's sum for means. `chunk` must divide T. `mesh` is the first device
+    alone if not given.
+
+    `hidden` and `table` may be tuples: their products are summed, each with a D of its own. A table
+    that is not differentiated costs no gradient.
+    """
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return _cross_entropy(
+        vocab_size, chunk, mesh, _tuple(hidden_BTD), _tuple(table_VD), targets_BT, mask_BT
+    )
+
+
+def _tuple(x) -> Factors:
+    return x if isinstance(x, tuple) else (x,)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(vocab_size, chunk, mesh, hidden, table, targets, mask):
+    return _on_mesh(vocab_size, chunk, mesh, None, hidden, table, targets, mask)[:2]
+
+
+def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
+    learns = tuple(one.perturbed for one in table)
+    hidden, table, targets, mask = jax.tree.map(
+        lambda primal: primal.value, (hidden, table, targets, mask)
+    )
+    nats, correct, grad_hidden, grad_table = _on_mesh(
+        vocab_size, chunk, mesh, learns, hidden, table, targets, mask
+    )
+    # In the table's own precision, and back where the table lies; an adapter's rank is not split
+    places = [TABLE, *[PartitionSpec(TABLE[0])] * (len(table) - 1)]
+    grad_table = tuple(
+        (
+            grad
+            if grad is None
+            else jax.lax.with_sharding_constraint(
+                grad.astype(one.dtype), NamedSharding(mesh, place)
+            )
+        )
+        for grad, one, place in zip(grad_table, table, places, strict=True)
+    )
+    return (nats, correct), (grad_hidden, grad_table)
+
+
+def _backward(vocab_size, chunk, mesh, grads, cotangents):
+    of_nats = cotangents[0]
+    hidden, table = jax.tree.map(lambda grad: (grad * of_nats).astype(grad.dtype), grads)
+    return hidden, table, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
+    """Sums, and unless `learns` is None the gradients of hidden states and of tables that learn
+    (float32, split over the vocabulary).
+    """
+    table = _in_shares(table, hidden, mesh)
+    grad_specs = (
+        ()
+        if learns is None
+        else (ROWS, tuple(PartitionSpec(VOCABULARY) if one else None for one in learns))
+    )
+    return jax.shard_map(
+        partial(_on_device, vocab_size, chunk, learns),
+        mesh=mesh,
+        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS),
+        out_specs=(PartitionSpec(), PartitionSpec(), *grad_specs),
+        check_vma=False,
+    )(hidden, table, targets, mask)
+
+
+def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask_BT):
+    """What one device does: its share of the vocabulary, for every row of its `fsdp` group."""
+    B, T = targets_BT.shape
+    share = table_VD[0].shape[0]
+    classes_V = jax.lax.axis_index(VOCABULARY) * share + jnp.arange(share)
+    # The tokens that count come first in each row, so that the chunks behind them, a prompt's share
+    # of the work, are left out.
+    order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
+    of_chunks = jax.tree.map(
+        lambda x: _chunks(
+            jnp.take_along_axis(x, order_BT.reshape(B, T, *(1,) * (x.ndim - 2)), axis=1), chunk
+        ),
+        (hidden_BTD, targets_BT, mask_BT),
+    )
+    # The same number on all devices, for all take part in what is exchanged.
+    most = jax.lax.pmax(jnp.max(jnp.sum(mask_BT, axis=1)), ("data", *VOCABULARY))
+
+    def step(i, carry):
+        nats, correct, grad_table_VD, grads = carry
+        rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), of_chunks)
+        hidden_BCD, targets_BC, mask_BC = jax.tree.map(
+            lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), rows
+        )
+        logits_BCV, is_target_BCV, of_target_BC, top_BC, logsumexp_BC = _scores(
+            vocab_size, classes_V, hidden_BCD, table_VD, targets_BC
+        )
+        nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
+        correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
+        if learns is None:
+            return nats, correct, grad_table_VD, grads
+        grad_BCV = jnp.where(
+            mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0
+        ).astype(table_VD[0].dtype)
+
+        def to_table(sum_VD, x_BCD):
+            return (
+                None
+                if sum_VD is None
+                else sum_VD
+                + jnp.einsum("BCV,BCD->VD", grad_BCV, x_BCD, preferred_element_type=jnp.float32)
+            )
+
+        def to_hidden(grads, one_VD):
+            grad_BCD = jnp.einsum(
+                "BCV,VD->BCD", grad_BCV, one_VD, preferred_element_type=jnp.float32
+            )
+            grad_BCD = jax.lax.psum_scatter(
+                jax.lax.psum(grad_BCD, "tensor"), "fsdp", scatter_dimension=0, tiled=True
+            )
+            return jax.lax.dynamic_update_index_in_dim(grads, grad_BCD.astype(grads.dtype), i, 0)
+
+        return (
+            nats,
+            correct,
+            tuple(map(to_table, grad_table_VD, hidden_BCD)),
+            tuple(map(to_hidden, grads, table_VD)),
+        )
+
+    no_grads = (None, None)
+    if learns is not None:
+        no_grad_table = tuple(
+            jnp.zeros(one.shape, jnp.float32) if learn else None
+            for one, learn in zip(table_VD, learns, strict=True)
+        )
+        no_grads = no_grad_table, jax.tree.map(jnp.zeros_like, of_chunks[0])
+    start = (jnp.float32(0), jnp.float32(0), *no_grads)
+    nats, correct, grad_table_VD, grads = jax.lax.fori_loop(0, -(-most // chunk), step, start)
+    # Every device of an fsdp group has the same sums, for all of its rows.
+    nats, correct = jax.lax.psum((nats, correct), "data")
+    if learns is None:
+        return nats, correct
+    back_BT1 = jnp.argsort(order_BT, axis=1)[..., None]
+    grad_BTD = tuple(
+        jnp.take_along_axis(jnp.moveaxis(grad, 0, 1).reshape(B, T, -1), back_BT1, axis=1)
+        for grad in grads
+    )
+    return nats, correct, grad_BTD, jax.lax.psum(grad_table_VD, "data")
+
+
+def _in_shares(table: Factors, hidden: Factors, mesh: Mesh) -> Factors:
+    """The tables in the hidden states' type, split over the vocabulary."""
+    share = NamedSharding(mesh, PartitionSpec(VOCABULARY))
+    return tuple(
+        jax.lax.with_sharding_constraint(one.astype(hidden[0].dtype), share) for one in table
+    )
+
+
+def chunked_ranks(
+    hidden_BTD: jax.Array | Factors,
+    table_VD: jax.Array | Factors,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than
+    the target, int32 [B, T].
+
+    For validation, in chunks and split over the mesh as above: a target is among the ten likeliest
+    where fewer than ten are likelier.
+    """
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    hidden, table = _tuple(hidden_BTD), _in_shares(_tuple(table_VD), _tuple(hidden_BTD), mesh)
+    return jax.shard_map(
+        partial(_ranks_on_device, vocab_size, chunk),
+        mesh=mesh,
+        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS),
+        out_specs=(ROWS, ROWS),
+        check_vma=False,
+    )(hidden, table, targets_BT)
+
+
+def _ranks_on_device(vocab_size, chunk, hidden_BTD, table_VD, targets_BT):
+    """As `_on_device`; each device keeps what concerns its own rows."""
+    B = len(targets_BT)
+    share = table_VD[0].shape[0]
+    classes_V = jax.lax.axis_index(VOCABULARY) * share + jnp.arange(share)
+
+    def step(_, chunk_of_rows):
+        hidden_BCD, targets_BC = jax.tree.map(
+            lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), chunk_of_rows
+        )
+        logits_BCV, _, of_target_BC, _, logsumexp_BC = _scores(
+            vocab_size, classes_V, hidden_BCD, table_VD, targets_BC
+        )
+        likelier_BC = jax.lax.psum(
+            jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32), VOCABULARY
+        )
+        mine = jax.lax.axis_index("fsdp") * B
+        return None, tuple(
+            jax.lax.dynamic_slice_in_dim(x, mine, B)
+            for x in (logsumexp_BC - of_target_BC, likelier_BC)
+        )
+
+    _, of_chunks = jax.lax.scan(
+        step, None, jax.tree.map(partial(_chunks, chunk=chunk), (hidden_BTD, targets_BT))
+    )
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape), of_chunks)
+
+
+def _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC):
+    """One chunk's scores for this device's classes, which of them are the targets; and of all
+    classes the target's and the highest score, and the logarithm of the sum of exponentials.
+    """
+    products = zip(hidden_BCD, table_VD, strict=True)
+    logits_BCV = sum(
+        jnp.einsum("BCD,VD->BCV", x, one, preferred_element_type=jnp.float32) for x, one in products
+    )
+    logits_BCV = jnp.where(classes_V < vocab_size, logits_BCV, -jnp.inf)
+    is_target_BCV = classes_V == targets_BC[..., None]
+    of_target_BC = jax.lax.psum(
+        jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY
+    )
+    top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
+    exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
+    return logits_BCV, is_target_BCV, of_target_BC, top_BC, top_BC + jnp.log(exp_sum_BC)
+
+
+def _chunks(x, chunk):
+    """[B, T, ...] as [T / chunk, B, chunk, ...], to scan over."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)

@@ -1,0 +1,433 @@
+"""Whether a training step fits a machine, and how long it takes there, before anybody rents it.
+
+For TPUs this compiles the real step with XLA's TPU compiler (`libtpu`), which needs no TPU; for
+GPUs it estimates from shapes.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, inf, prod
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from llasa_jax.convert import model_folder
+from llasa_jax.errors import UserError
+from llasa_jax.model.config import ModelConfig, RopeScaling
+from llasa_jax.model.flops import StepShape, model_flops, step_seconds
+from llasa_jax.model.lora import MODULES, adapter_config
+from llasa_jax.model.lora import count as count_parameters
+from llasa_jax.model.sharding import make_mesh, mesh_sizes
+from llasa_jax.plan.memory import advice, held_gib, is_out_of_memory, working_gib
+from llasa_jax.runtime.hardware import (
+    GPUS,
+    Device,
+    device_of_kind,
+    known_topologies,
+    parse_topology,
+)
+from llasa_jax.speech.vocab import CODES_PER_SECOND
+from llasa_jax.train.offload import check_host_memory
+from llasa_jax.train.optimizer import make_optimizer
+from llasa_jax.train.settings import Settings
+from llasa_jax.train.step import TrainStep
+
+HERE = "here"
+TOKENS_PER_CODE = 1.2  # a clip's text and chat turns add about a fifth to its codes
+_LLAMA = {
+    "vocab_size": 193_800,
+    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
+    "num_key_value_heads": 8,
+}
+MODELS = {
+    "1b": ModelConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        head_dim=64,
+        **_LLAMA,
+    ),
+    "3b": ModelConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        head_dim=128,
+        **_LLAMA,
+    ),
+    "8b": ModelConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        head_dim=128,
+        tie_word_embeddings=False,
+        **_LLAMA,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step needs on one machine. Sizes are GiB a device; `memory_gib` says what the peak
+    is made of, `host_gib` what the settings that offload keep in the host's memory besides.
+    """
+
+    topology: str
+    device_count: int
+    mesh: dict[str, int]
+    rows_per_device: float
+    estimated: bool
+    fits: bool
+    peak_hbm_gib: float
+    hbm_gib: float | None
+    host_gib: float
+    memory_gib: dict[str, float]
+    tokens_per_step: int
+    model_flops_per_step: float
+    trained_parameters: int
+    step_seconds: dict[str, float]
+    step_seconds_roofline: float | None
+    steps: int | None = None
+    hours_roofline: float | None = None
+
+
+def model_geometry(model: str | None, settings: Settings) -> ModelConfig:
+    """The geometry of `model`, a size or a folder; by default of `settings.model.path`. UserError
+    if there is none.
+    """
+    if model in MODELS:
+        return MODELS[model]
+    folder = Path(model or settings.model.path)
+    if not (folder / model_folder.MODEL_FILE).is_file():
+        raise UserError(
+            f"there is no model in {folder} to plan for yet; name its size with --model"
+            f" {', '.join(MODELS)}, or a model's folder"
+        )
+    return model_folder.read_description(folder)[0]
+
+
+def plan(
+    settings: Settings, config: ModelConfig, topology: str, rows_per_device: int | None = None
+) -> Plan:
+    """Compiles (TPUs, and the machine at hand as "here") or estimates (GPUs) the train step of
+    `settings`. UserError on what cannot be.
+
+    `topology` is like v5e:4x4 or h100:8, and is each slice's where `mesh.slices` is more than one.
+    """
+    estimated = topology.partition(":")[0].lower() in GPUS
+    if estimated:
+        _, device, count = parse_topology(topology)
+        sizes = mesh_sizes(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, count)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    else:
+        devices, device = _machine(topology, settings.mesh.slices)
+        mesh = make_mesh(
+            settings.mesh.data,
+            settings.mesh.fsdp,
+            settings.mesh.tensor,
+            devices=devices,
+            slices=settings.mesh.slices,
+        )
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows_per_device:
+        settings = dataclasses.replace(
+            settings, train=dataclasses.replace(settings.train, rows=rows_per_device * row_devices)
+        )
+    rows, length, accumulation = (
+        settings.train.rows,
+        settings.data.max_length,
+        settings.train.accumulation,
+    )
+    if rows % row_devices:
+        raise UserError(
+            f"train.rows={rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose"
+            " a multiple of it"
+        )
+    # What is only estimated has no platform to choose an attention for.
+    model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
+    if not estimated:
+        check_host_memory(settings, mesh)
+    optimizer, lora = make_optimizer(settings.optimizer, 1000), settings.lora
+    # A plan has no tokenizer: what rows of single tokens take is next to nothing.
+    adapters = adapter_config(
+        dataclasses.replace(lora, train_also=[name for name in lora.train_also if name in MODULES]),
+        config,
+        {},
+    )
+    kept = {
+        "frozen_dtype": lora.frozen_dtype,
+        "quantization": lora.quantize,
+        "offload": settings.optimizer.offload,
+    }
+    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, **kept)
+    held, on_host = held_gib(config, settings, step)
+    if estimated:
+        peak = sum(held.values()) + working_gib(config, settings, mesh)
+        fits = peak < device.memory
+    else:
+        peak, fits = _compiled_peak(step, accumulation, rows, length)
+        peak = max(peak, sum(held.values()))
+        # Only the TPU compiler refuses what is too large.
+        fits = fits and not (device and peak > device.memory)
+    shape = StepShape(rows, length, accumulation, *mesh.shape.values(), settings.model.remat)
+    seconds = step_seconds(config, shape, device, adapters, lora.quantize) if device else {}
+    return Plan(
+        topology=topology,
+        device_count=mesh.size,
+        mesh=dict(mesh.shape),
+        rows_per_device=rows / row_devices,
+        estimated=estimated,
+        fits=fits,
+        peak_hbm_gib=round(peak, 4),
+        hbm_gib=device and device.memory,
+        host_gib=round(on_host, 4),
+        memory_gib={
+            name: round(size, 4)
+            for name, size in (
+                held | {"working memory": max(0.0, peak - sum(held.values()))}
+            ).items()
+        },
+        tokens_per_step=shape.tokens,
+        model_flops_per_step=model_flops(config, shape, adapters),
+        trained_parameters=count_parameters(config, adapters)[0],
+        step_seconds=seconds,
+        step_seconds_roofline=max(seconds.values()) if seconds else None,
+    )
+
+
+def with_dataset(plan_: Plan, settings: Settings, tokens: float) -> Plan:
+    """The plan with steps and hours for a dataset of `tokens`."""
+    steps = settings.train.steps or max(
+        1, ceil(settings.train.epochs * tokens / plan_.tokens_per_step)
+    )
+    seconds = plan_.step_seconds_roofline
+    return dataclasses.replace(
+        plan_, steps=steps, hours_roofline=seconds and steps * seconds / 3600
+    )
+
+
+def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> float | None:
+    """Tokens of an epoch, padding included: counted where model and data are here, reckoned from
+    `speech_hours`, or None if neither.
+    """
+    if speech_hours:
+        return speech_hours * 3600 * CODES_PER_SECOND * TOKENS_PER_CODE
+    paths = [
+        Path(settings.model.path) / model_folder.HF_FOLDER,
+        *(Path(source.path) for source in settings.sources),
+    ]
+    if not all(path.exists() for path in paths):
+        return None
+    from llasa_jax.data.batching import measure, sources_of
+    from llasa_jax.encode.mixture import open_sources
+
+    tokenizer = model_folder.load_tokenizer(Path(settings.model.path))
+    records, _ = open_sources(settings.sources, settings.data.online)
+    fit = measure(
+        sources_of(settings.sources, tokenizer, records),
+        settings.data.max_length,
+        **settings.packing,
+    )
+    return fit.rows * fit.length
+
+
+def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
+    """The plan with the most rows a device that fit; None if not even one does. Tells on stderr
+    what it has tried.
+
+    Every row takes about as much as the one before, so two tries say near which number to look.
+    UserError without a known limit.
+    """
+    best = before = None
+    rows, refused = 1, inf
+    while best is None or best.rows_per_device + 1 < refused:
+        tried = _tell(plan(settings, config, topology, rows))
+        if tried.hbm_gib is None:
+            raise UserError(
+                f"a device of {topology} has memory of no known size, so there is no limit to"
+                " search for; name a --topology"
+            )
+        if not tried.fits:
+            if best is None:
+                return None
+            refused = rows
+            rows = int(best.rows_per_device + refused) // 2
+            continue
+        before, best = best, tried
+        rows = int(2 * best.rows_per_device)
+        if before:
+            a_row = (best.peak_hbm_gib - before.peak_hbm_gib) / (
+                best.rows_per_device - before.rows_per_device
+            )
+            left = (best.hbm_gib - best.peak_hbm_gib) / max(a_row, 1e-6)
+            rows = int(
+                best.rows_per_device
+                + max(1, min(left, 3 * best.rows_per_device, refused - 1 - best.rows_per_device))
+            )
+    return best
+
+
+def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
+    """The plan on the smallest machine of this kind on which one row a device fits; None if the
+    largest known is too small.
+    """
+    kind, device, gpus = parse_topology(topology)
+    # At the least: weights in few bits, or weights and gradients; what the optimizer keeps may lie
+    # on the host.
+    bytes_a_weight = (
+        0.5 if settings.lora.rank else 2 * np.dtype(settings.model.param_dtype).itemsize
+    )
+    for shape in [f"{n}" for n in (1, 2, 4, 8)] if gpus else device.slices:
+        name = f"{kind}:{shape}"
+        chips = int(shape) if gpus else prod(map(int, shape.split("x"))) * device.devices_per_chip
+        at_least = bytes_a_weight * sum(np.prod(leaf) for leaf in _shapes(config)) / chips / 2**30
+        if settings.mesh.data == 1 and at_least > device.memory:
+            continue
+        try:
+            tried = _tell(plan(settings, config, name, 1))
+        except UserError:
+            continue
+        if tried.fits:
+            return tried
+    return None
+
+
+def _tell(tried: Plan) -> Plan:
+    verdict = f"{'fits' if tried.fits else 'does not fit'}, {tried.peak_hbm_gib:.2f} GiB"
+    print(
+        f"{tried.topology}, {tried.rows_per_device:g} rows a device: {verdict}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return tried
+
+
+def _shapes(config: ModelConfig) -> list[tuple[int, ...]]:
+    from llasa_jax.model.llama import parameter_axes, sizes
+
+    return [
+        tuple(sizes(config)[letter] for letter in axes)
+        for axes in jax.tree.leaves(parameter_axes(config))
+    ]
+
+
+def _machine(topology: str, slices: int) -> tuple[list, Device | None]:
+    """The devices to compile for, and what is known of one."""
+    if topology == HERE:
+        devices = jax.devices()
+        return devices, device_of_kind(devices[0].device_kind)
+    _, device, _ = parse_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for TPUs needs XLA's TPU compiler, which is not installed; `pip install"
+            " 'llasa-jax[plan]'` brings it"
+        )
+    # A compiler without a TPU: it must not look for one, and other processes may use it too.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        options = {"num_slices": slices} if slices > 1 else {}
+        if prod(map(int, topology.partition(":")[2].split("x"))) < 4:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        with _quiet():
+            return (
+                topologies.get_topology_desc(
+                    platform="tpu", topology_name=topology.lower(), **options
+                ).devices,
+                device,
+            )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the TPU compiler does not take the topology {topology} ({reason}); known are"
+            f" {known_topologies()}"
+        ) from None
+
+
+@contextmanager
+def _quiet():
+    """Hides what libtpu's C++ says on stderr about a machine that is no TPU."""
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
+
+
+def _compiled_peak(
+    step: TrainStep, accumulation: int, rows: int, length: int
+) -> tuple[float, bool]:
+    """Peak GiB a device, and whether it fits: the compiler refuses what does not, and says how much
+    at least that would have taken.
+    """
+    try:
+        analysis = step.compile(accumulation, rows, length).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
+        return max(map(float, sizes), default=0.0), False
+    # XLA's peak counts arguments that lie on the host too.
+    return (analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes) / 2**30, True
+
+
+def describe(plan_: Plan, settings: Settings) -> str:
+    """The plan in words."""
+    how = "estimated from shapes, nothing was compiled" if plan_.estimated else "compiled"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan_.mesh.items())
+    of = f" of {plan_.hbm_gib:g}" if plan_.hbm_gib else ""
+    lines = [
+        (
+            f"{'fits' if plan_.fits else 'DOES NOT FIT'}: {plan_.topology}, {plan_.device_count}"
+            f" devices ({mesh}), {plan_.rows_per_device:g} rows a device; {how}"
+        ),
+        (
+            "peak memory a device:"
+            f" {'' if plan_.fits else 'at least '}{plan_.peak_hbm_gib:.2f}{of} GiB"
+        ),
+        *(f"  {size:6.2f}  {name}" for name, size in plan_.memory_gib.items()),
+        *(
+            [
+                f"host memory a device: {plan_.host_gib:.2f} GiB; its way to and fro is not in the"
+                " times below"
+            ]
+            if plan_.host_gib
+            else []
+        ),
+        f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs"
+        + (f"; {plan_.trained_parameters:,} parameters are trained" if settings.lora.rank else ""),
+    ]
+    if plan_.step_seconds:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in plan_.step_seconds.items())
+        lines.append(
+            f"at least {plan_.step_seconds_roofline:.2f} s a step: the longest of {parts} s, each"
+            " alone and at its peak rate;"
+        )
+        lines.append("  half that speed is usual")
+    if plan_.steps:
+        hours = plan_.hours_roofline or 0
+        time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        lines.append(
+            f"the dataset: {plan_.steps:,} steps" + (f", at least {time}" if hours else "")
+        )
+    if not plan_.fits:
+        lines.append(f"what would help: {advice(settings)}")
+    return "\n".join(lines)

@@ -1,0 +1,380 @@
+"""From a record to token ids: the one place where a prompt is put together, for training and for
+inference alike.
+
+A prompt is a chat in the tokenizer's own template, whose turns are templates that the config may
+word otherwise. Three tasks:
+
+tts   user       Convert the text to
+speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>
+          assistant  <|SPEECH_GENERATION_START|>{codes}<|SPEECH_GENERATION_END|>
+asr   user       Transcribe the following
+speech:<|SPEECH_UNDERSTANDING_START|>{codes}<|SPEECH_UNDERSTANDING_END|>
+          assistant  <|TEXT_GENERATION_START|>{text}<|TEXT_GENERATION_END|>
+    chat  the record's own messages, as they are
+
+tts is upstream's layout (LLaSA_training, finetune_offline.py); upstream names asr's markers but
+trains nothing with them. Text is tokenised on its own, so that no merge crosses a marker, and is
+not trimmed. With a speaker, tts's assistant begins with "Speaker {name}", directly before the start
+marker. Loss is on what the assistant says: in tts and asr from its start marker to its end marker;
+in chat on every assistant's turn and the <|eot_id|> that ends it.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from llasa_jax.errors import UserError
+from llasa_jax.speech.vocab import (
+    MARKERS,
+    SPEECH_GENERATION,
+    SPEECH_UNDERSTANDING,
+    TEXT_GENERATION,
+    TEXT_UNDERSTANDING,
+    SpeechVocab,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Task = Literal["tts", "asr", "chat"]
+TEMPLATES = {
+    "tts": {
+        "user": "Convert the text to speech:{text}",
+        "assistant": "{codes}",
+        "assistant_with_speaker": "Speaker {speaker}{codes}",
+    },
+    "asr": {"user": "Transcribe the following speech:{codes}", "assistant": "{text}"},
+    "chat": {},
+}
+# What stands around {text} and {codes}, and which of them is learned.
+_MARKERS = {
+    "tts": {"text": TEXT_UNDERSTANDING, "codes": SPEECH_GENERATION},
+    "asr": {"text": TEXT_GENERATION, "codes": SPEECH_UNDERSTANDING},
+}
+_LEARNED = {"tts": "codes", "asr": "text"}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A spoken sentence. `codes` are XCodec2's, 50 per second; absent fields are empty."""
+
+    text: str
+    codes: np.ndarray
+    id: str = ""
+    speaker: str = ""
+    description: str = ""
+    language: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A written exchange: dicts of `role` (system, user or assistant) and `content`, in order."""
+
+    messages: Sequence[dict[str, str]]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record as the model sees it: three arrays of one length.
+
+    `tokens` int32; `loss` bool, true on the tokens that are to be predicted; `visible` bool, false
+    on those that no other may attend to.
+    """
+
+    tokens: np.ndarray
+    loss: np.ndarray
+    visible: np.ndarray
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """The task and its wording. Templates may name any of text, codes, speaker, description,
+    language; empty ones are the task's own.
+
+    `assistant_with_speaker` takes the place of `assistant` for utterances that name a speaker.
+    `chat` has no templates: its records bring their messages. `date` fills the chat template's
+    "Today Date", so that no prompt depends on the day it is made. `mask` "clean" shows all of the
+    prompt, as at inference; "upstream" hides every <|eot_id|> from attention, as upstream's
+    training does by padding with it.
+    """
+
+    task: Task = "tts"
+    user: str = ""
+    assistant: str = ""
+    assistant_with_speaker: str = ""
+    system: str = ""
+    date: str = "26 Jul 2024"
+    mask: Literal["clean", "upstream"] = "clean"
+
+    def filled(self, name: str = "prompt") -> "PromptSettings":
+        """These settings with the task's own wording where a template is empty. UserError, calling
+        them `name`, if they cannot work.
+        """
+        given = {
+            field: getattr(self, field)
+            for field in ("system", "user", "assistant", "assistant_with_speaker")
+        }
+        if self.task == "chat" and any(given.values()):
+            raise UserError(
+                f"{name} words a turn, but the task chat takes all turns from its records; leave"
+                " out what is not task, date or mask"
+            )
+        filled = replace(
+            self,
+            **{field: given[field] or template for field, template in TEMPLATES[self.task].items()},
+        )
+        filled = replace(
+            filled, assistant_with_speaker=filled.assistant_with_speaker or filled.assistant
+        )
+        known = {field.name for field in fields(Utterance)} - {"id"}
+        for template in given:
+            for field in _fields_of(getattr(filled, template)):
+                if field not in known:
+                    raise UserError(
+                        f"{name}.{template} mentions {{{field}}}, which no utterance has; use any"
+                        f" of {', '.join(sorted(known))}"
+                    )
+        learned = _LEARNED.get(self.task)
+        if learned and any(
+            learned not in _fields_of(template)
+            for template in (filled.assistant, filled.assistant_with_speaker)
+        ):
+            raise UserError(
+                f"{name}.assistant and {name}.assistant_with_speaker must each contain"
+                f" {{{learned}}}, which {self.task} learns"
+            )
+        return filled
+
+
+def _fields_of(template: str) -> list[str]:
+    try:
+        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise UserError(
+            f"the prompt's template {template!r} is malformed ({error}); write {{{{ and }}}} for"
+            " braces of its own"
+        ) from None
+
+
+class Prompter:
+    """Builds prompts with one tokenizer. Raises UserError where the tokenizer lacks the speech
+    tokens or a chat template.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", settings: PromptSettings | None = None
+    ):
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} has no chat template; use that of a Llama"
+                " Instruct or Llasa checkpoint"
+            )
+        self.vocab = SpeechVocab.of(tokenizer)
+        self.settings = (settings or PromptSettings()).filled()
+        self._tokenizer = tokenizer
+        self._hidden = (
+            tokenizer.convert_tokens_to_ids("<|eot_id|>")
+            if self.settings.mask == "upstream"
+            else None
+        )
+        special = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        self._control = re.compile(
+            "|".join([*map(re.escape, [*special, *MARKERS]), r"<\|s_\d{1,5}\|>"])
+        )
+        self._frame = lru_cache(maxsize=4096)(self._make_frame)
+
+    def example(self, record: Utterance | Conversation) -> Example:
+        """The training example of a record: its whole conversation. UserError names the record's
+        id.
+
+        The task chat takes a `Conversation`, the others an `Utterance`.
+        """
+        if self.settings.task == "chat":
+            tokens, loss = self._chat(record)
+        else:
+            if not len(record.codes):
+                raise UserError(
+                    f"the utterance {record.id!r} has no codes; leave it out of the dataset"
+                )
+            tokens, start, size = self._speech(record)
+            loss = np.zeros(len(tokens), bool)
+            loss[start : start + size + 2] = True
+        visible = np.ones(len(tokens), bool) if self._hidden is None else tokens != self._hidden
+        return Example(tokens, loss, visible)
+
+    def opening(
+        self,
+        text: str,
+        *,
+        speaker: str = "",
+        description: str = "",
+        language: str = "",
+        prompt_text: str = "",
+        prompt_codes=(),
+    ) -> np.ndarray:
+        """The ids (int32) that speaking goes on from: all before the first code, then
+        `prompt_codes`, a voice to clone.
+
+        `prompt_text` is what `prompt_codes` say; the model reads it before `text`, as if both were
+        one sentence. UserError where the prompts are those of another task than tts.
+        """
+        if self.settings.task != "tts":
+            raise UserError(
+                f"this model was trained with prompt.task {self.settings.task}, which does not"
+                " speak; use one trained with tts"
+            )
+        text = join_texts(prompt_text, text)
+        codes = np.asarray(prompt_codes, np.uint16)
+        tokens, start, _ = self._speech(
+            Utterance(text, codes, speaker=speaker, description=description, language=language)
+        )
+        return tokens[: start + 1 + len(codes)]
+
+    def _speech(self, utterance: Utterance) -> tuple[np.ndarray, int, int]:
+        """All ids of the conversation, where the start marker of what is learned stands, and how
+        many ids lie between its markers.
+        """
+        settings = self.settings
+        name = f"the utterance {utterance.id!r}" if utterance.id else f"the text {utterance.text!r}"
+        if not utterance.text.strip():
+            raise UserError(f"{name} has no text; give it one or leave it out of the dataset")
+        assistant = settings.assistant_with_speaker if utterance.speaker else settings.assistant
+        mentioned = dict.fromkeys(_fields_of(settings.system + settings.user + assistant))
+        values = {
+            field: getattr(utterance, field)
+            for field in mentioned
+            if field not in _MARKERS[settings.task]
+        }
+        for field, value in values.items():
+            if not value:
+                raise UserError(
+                    f"{name} has no {field}, which the prompt mentions; add it to the record or"
+                    " change the prompt's template"
+                )
+        for value in (utterance.text, *values.values()):
+            self._refuse_control(name, value)
+        frame, places = self._frame(assistant, **values)
+        try:
+            codes = self.vocab.ids_of(utterance.codes)
+        except ValueError as error:
+            raise UserError(
+                f"{name}: {error}; codes are XCodec2's own numbers, without the vocabulary's offset"
+            ) from None
+        ids = {"text": self._ids(utterance.text), "codes": codes}
+        (first_at, first), (second_at, second) = sorted(
+            (places[field], ids[field]) for field in ids
+        )
+        tokens = np.concatenate(
+            [frame[:first_at], first, frame[first_at:second_at], second, frame[second_at:]]
+        )
+        learned = _LEARNED[settings.task]
+        start = places[learned] - 1 + (len(first) if places[learned] == second_at else 0)
+        return tokens, start, len(ids[learned])
+
+    def _make_frame(self, assistant: str, **values: str) -> tuple[np.ndarray, dict[str, int]]:
+        """The conversation with nothing between its markers, and where in it the text's and the
+        codes' ids belong.
+        """
+        settings = self.settings
+        markers = _MARKERS[settings.task]
+        values |= {field: "".join(pair) for field, pair in markers.items()}
+        messages = (
+            [{"role": "system", "content": settings.system.format(**values)}]
+            if settings.system
+            else []
+        )
+        messages += [
+            {"role": "user", "content": settings.user.format(**values)},
+            {"role": "assistant", "content": assistant.format(**values)},
+        ]
+        frame = self._ids(self._render(messages))
+        places = {}
+        for field, (start, _) in markers.items():
+            at = np.flatnonzero(frame == self.vocab.markers[start])
+            if len(at) != 1:
+                raise UserError(
+                    f"the prompt's templates must put {start} into the conversation once, but it"
+                    f" stands there {len(at)} times"
+                )
+            places[field] = int(at[0]) + 1
+        return frame, places
+
+    def _chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and loss up to the last assistant's turn; what follows it teaches nothing and is left
+        out.
+        """
+        messages = conversation.messages
+        name = f"the conversation {conversation.id!r}"
+        roles = [message["role"] for message in messages]
+        if (
+            "assistant" not in roles
+            or roles[roles[0] == "system"] != "user"
+            or set(roles[1:]) - {"user", "assistant"}
+        ):
+            raise UserError(
+                f"{name} has turns of {', '.join(roles) or 'nobody'}; it must open with a user's"
+                " turn, after a system's at most, and hold an assistant's: mend it or leave it out"
+                " of the dataset"
+            )
+        pieces, done = [], ""
+        for at, message in enumerate(messages):
+            if not message["content"].strip():
+                raise UserError(
+                    f"{name} has an empty turn of the {message['role']}; mend it or leave it out of"
+                    " the dataset"
+                )
+            self._refuse_control(name, message["content"])
+            if message["role"] != "assistant":
+                continue
+            # What the template writes before an answer and with it: so the loss needs no knowledge
+            # of the template.
+            before, after = (
+                self._render(messages[:at], add_generation_prompt=True),
+                self._render(messages[: at + 1]),
+            )
+            if not (before.startswith(done) and after.startswith(before)):
+                raise UserError(
+                    f"{name}: the tokenizer's chat template rewrites earlier turns, so that they"
+                    " cannot be learned in one go"
+                )
+            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+            done = after
+        ids = [self._ids(text) for text, _ in pieces]
+        return np.concatenate(ids), np.repeat(
+            [learned for _, learned in pieces], [len(part) for part in ids]
+        )
+
+    def _render(self, messages: Sequence[dict], **options) -> str:
+        return self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, date_string=self.settings.date, **options
+        )
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def _refuse_control(self, name: str, text: str) -> None:
+        if found := self._control.search(text):
+            raise UserError(
+                f"{name} contains the control token {found[0]}, which would break the prompt; take"
+                " it out of the text"
+            )
+
+
+def join_texts(first: str, second: str) -> str:
+    """Two texts as one, with a space between them where the script in use has spaces."""
+    needs_space = (
+        first
+        and second
+        and first[-1].isascii()
+        and second[0].isascii()
+        and not (first[-1].isspace() or second[0].isspace())
+    )
+    return first + (" " if needs_space else "") + second

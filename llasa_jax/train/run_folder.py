@@ -1,0 +1,147 @@
+"""A run's folder: claimed by one process at a time, made for one set of settings, and never half
+made.
+"""
+
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import yaml
+
+from llasa_jax.convert import model_folder
+from llasa_jax.errors import UserError
+from llasa_jax.model.config import AdapterConfig
+from llasa_jax.runtime.locks import take_lock
+from llasa_jax.train.settings import Settings
+
+SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
+# What may change between a run and its continuation: nothing that the optimizer or the order of the
+# data depends on.
+MAY_CHANGE = (
+    "out",
+    "mesh",
+    "log",
+    "profile",
+    "data.doctor",
+    *(
+        f"data.online.{name}"
+        for name in (
+            "device",
+            "queue",
+            "workers",
+            "read_ahead",
+            "cache",
+            "max_bad_share",
+            "stall_seconds",
+        )
+    ),
+    *("data.online.torch_threads", "data.online.gpu_memory"),
+    "optimizer.offload",
+    "train.save_every",
+    "train.keep",
+    "train.validate_every",
+    "model.attention",
+    "model.remat",
+    "model.loss_chunk",
+)
+
+
+@contextmanager
+def claimed(
+    run: Path,
+    settings: Settings,
+    codec: dict[str, str] | None = None,
+    adapters: AdapterConfig | None = None,
+) -> Iterator[None]:
+    """Makes the run's folder, or makes sure that what lies there is this very run, and holds it
+    against other processes.
+
+    `codec` says what made the training codes: it is kept in `model.json`, beside the prompt to
+    generate with and a LoRA run's `adapters`. UserError where another process trains there, where
+    the folder holds something else, and (at any time inside) where its disk is full.
+    """
+    try:
+        wanted = dataclasses.asdict(settings)
+        _check(run, wanted)
+        if jax.process_index():
+            yield
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / LOCK_FILE).open("w") as lock:
+            # Without locks on its file system: better no guard than no training.
+            if take_lock(lock) is False:
+                raise UserError(
+                    f"another process is training in {run}; wait for its end or stop it, or choose"
+                    " another out folder"
+                )
+            write_whole(run / SETTINGS_FILE, yaml.safe_dump(wanted, sort_keys=False))
+            source = Path(settings.model.path)
+            config, origin = model_folder.read_description(source)
+            model_folder.copy_description(source, run)
+            kept = {"prompt": dataclasses.asdict(settings.voice)} | (
+                {"codec": codec} if codec else {}
+            )
+            if adapters:
+                its = {"adapters": dataclasses.asdict(adapters), "quantize": settings.lora.quantize}
+                kept["lora"] = {"base": str(source.absolute())} | its
+            model_folder.write_description(run, config, origin | kept)
+            yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"the disk of {run} is full; make room and give the same command again, which goes on"
+            " where work was saved"
+        ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error or its cause is a full disk. TensorStore reports one only as text."""
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
+    )
+    return known or any(is_full(cause) for cause in (error.__cause__, error.__context__) if cause)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that whoever is killed meanwhile leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _check(run: Path, wanted: dict) -> None:
+    path = run / SETTINGS_FILE
+    if path.is_file():
+        before = _flat(yaml.safe_load(path.read_text()))
+        changed = [
+            key
+            for key, value in _flat(wanted).items()
+            if before.get(key) != value and not key.startswith(MAY_CHANGE)
+        ]
+        if changed:
+            raise UserError(
+                f"the run in {run} was made with other settings"
+                f" ({', '.join(f'{key} was {before.get(key)}' for key in changed)}); set them back"
+                " to go on, or choose another out folder"
+            )
+    elif run.is_dir() and {entry.name for entry in run.iterdir()} - {
+        LOCK_FILE,
+        SETTINGS_FILE + ".partial",
+    }:
+        raise UserError(
+            f"{run} already holds something that is no training run; choose another out folder"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,422 @@
+"""From a manifest to a dataset: whole, resumed after a crash, with bad clips; and what TFDS reads
+back.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import torch
+from counting_codec import CountingCodec
+from places import SPEECH
+
+from llasa_jax.codec import load_codec
+from llasa_jax.data.builder import open_dataset, read_metadata, write_dataset
+from llasa_jax.data.manifest import Clip, assign_splits, read_manifest
+from llasa_jax.demo.tiny import make_tiny_codec
+from llasa_jax.encode.offline import encode
+from llasa_jax.errors import UserError
+from llasa_jax.speech.audio import read_audio
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return read_manifest(SPEECH / "manifest.jsonl")
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Twelve clips of the corpus in a folder of their own, free to be spoilt."""
+    lines = (SPEECH / "manifest.jsonl").read_text().splitlines()[::3][:12]
+    (tmp_path / "in").mkdir()
+    for line in lines:
+        shutil.copy(SPEECH / json.loads(line)["audio"], tmp_path / "in")
+    (tmp_path / "in/m.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "in/m.jsonl"
+
+
+def read_all(folder):
+    splits = tfds.builder_from_directory(folder).info.splits
+    return {
+        split: {
+            r["id"]: r
+            for r in (open_dataset(folder, split)[i] for i in range(splits[split].num_examples))
+        }
+        for split in splits
+    }
+
+
+def test_end_to_end_with_a_real_codec(tmp_path, manifest):
+    torch.set_num_threads(1)  # on busy cores, OpenMP's waiting threads make a minute of a second
+    codec = load_codec(make_tiny_codec(tmp_path / "codec"))
+    out = tmp_path / "sets/one"
+    summary = encode(manifest, out, tmp_path / "codec", validation_share=0.25, seed=1)
+    utterances = {u.id: u for u in read_manifest(manifest)}
+
+    builder = tfds.builder_from_directory(out)  # plain TFDS, none of our code
+    found = {}
+    for split in builder.info.splits:
+        for example in builder.as_data_source(split):
+            found[example["id"].decode()] = split, example
+    assert found.keys() == utterances.keys()
+    frames = 0
+    for clip, (split, example) in found.items():
+        u = utterances[clip]
+        assert example["codes"].dtype == np.uint16
+        np.testing.assert_array_equal(example["codes"], codec.encode([read_audio(u.audio)])[0])
+        frames += len(example["codes"])
+        assert [
+            example[key].decode() for key in ("text", "speaker", "language", "description")
+        ] == [u.text, u.speaker, "en", ""]
+        np.testing.assert_equal(read_all(out)[split][clip]["codes"], example["codes"])
+    assert summary.hours == pytest.approx(frames / 50 / 3600)
+    assert (summary.encoded, summary.resumed, summary.bad) == (12, 0, 0)
+    assert summary.splits == {split: len(records) for split, records in read_all(out).items()}
+    assert set(summary.splits) == {"train", "validation"}
+    assert read_metadata(out) == {
+        "codec": codec.name,
+        "fingerprint": codec.fingerprint,
+        "hop": 320,
+        "sample_rate": 16000,
+    }
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "one"
+    ]  # no partial, bad or building left
+
+
+def test_ctrl_c_then_resume_encodes_nothing_twice(tmp_path, manifest, capsys):
+    first = CountingCodec(limit=5)
+    with pytest.raises(KeyboardInterrupt):
+        encode(manifest, tmp_path / "out", first, batch_seconds=0.1)
+    assert not (tmp_path / "out").exists()
+    second = CountingCodec()
+    summary = encode(manifest, tmp_path / "out", second, batch_seconds=0.1)
+    assert (summary.encoded, summary.resumed) == (7, 5)
+    assert len(first.seen) == 5
+    assert len(set(first.seen) | set(second.seen)) == 12
+    assert not set(first.seen) & set(second.seen)
+    assert "5 of 12 clips" in capsys.readouterr().out
+    assert not (tmp_path / "out.partial").exists()
+    encode(manifest, tmp_path / "straight", CountingCodec())
+    np.testing.assert_equal(read_all(tmp_path / "out"), read_all(tmp_path / "straight"))
+
+
+def test_kill_then_resume(tmp_path, manifest):
+    script = f"""
+import os, signal, sys
+from counting_codec import CountingCodec
+from llasa_jax.encode.offline import encode
+class Killed(CountingCodec):
+    def encode(self, waves):
+        if len(self.seen) >= 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(waves)
+encode({str(manifest)!r}, {str(tmp_path / "out")!r}, Killed(), batch_seconds=0.1)
+"""
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
+    codec = CountingCodec()
+    assert encode(manifest, tmp_path / "out", codec).resumed == 4
+    assert len(codec.seen) == 8
+
+
+def test_a_crash_while_the_dataset_is_built_loses_nothing(tmp_path, manifest, monkeypatch):
+    def crash(out, splits, metadata):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llasa_jax.encode.offline.write_dataset", crash)
+        with pytest.raises(OSError, match="disk full"):
+            encode(manifest, tmp_path / "out", CountingCodec())
+    codec = CountingCodec()
+    assert encode(manifest, tmp_path / "out", codec).resumed == 12
+    assert codec.seen == []
+
+
+def test_journal_of_another_codec_or_of_changed_audio_is_ignored(tmp_path, manifest):
+    def interrupted(**rest):
+        with pytest.raises(KeyboardInterrupt):
+            encode(manifest, tmp_path / "out", CountingCodec(**rest), batch_seconds=0.1)
+
+    interrupted(limit=6)
+    interrupted(limit=6, fingerprint="f2")
+    with closing(sqlite3.connect(tmp_path / "out.partial/journal.sqlite")) as journal:
+        done = [row[0] for row in journal.execute("SELECT audio FROM codes WHERE codec = 'f2'")]
+    assert len(done) == 6
+    os.utime(done[0], ns=(1, 1))
+    assert encode(manifest, tmp_path / "out", CountingCodec(fingerprint="f2")).resumed == 5
+
+
+def test_two_runs_to_one_folder(tmp_path, manifest):
+    class Nested(CountingCodec):
+        def encode(self, waves):
+            with pytest.raises(UserError, match="in use"):
+                encode(manifest, tmp_path / "out", CountingCodec())
+            return super().encode(waves)
+
+    encode(manifest, tmp_path / "out", Nested())
+
+
+def test_bad_clips_are_listed_and_passed_over(tmp_path, manifest):
+    utterances = read_manifest(manifest)
+    utterances[2].audio.write_bytes(b"")
+    utterances[7].audio.unlink()
+    summary = encode(manifest, tmp_path / "out", CountingCodec(), max_bad_share=0.2)
+    assert (summary.encoded, summary.bad) == (10, 2)
+    bad = {
+        row["id"]: row
+        for row in map(json.loads, (tmp_path / "out.bad.jsonl").read_text().splitlines())
+    }
+    assert bad.keys() == {utterances[2].id, utterances[7].id}
+    assert "0 bytes" in bad[utterances[2].id]["reason"]
+    assert "no such audio file" in bad[utterances[7].id]["reason"]
+    assert len(open_dataset(tmp_path / "out", "train")) == 10
+
+
+def test_too_many_bad_clips_stop_the_run_and_can_be_mended(tmp_path, manifest):
+    utterances = read_manifest(manifest)
+    whole = utterances[2].audio.read_bytes()
+    utterances[2].audio.write_bytes(whole[:-500])
+    with pytest.raises(UserError, match=r"1 of 12 clips are bad .*truncated") as caught:
+        encode(manifest, tmp_path / "out", CountingCodec())
+    assert str(tmp_path / "out.bad.jsonl") in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    utterances[2].audio.write_bytes(whole)
+    codec = CountingCodec()
+    assert encode(manifest, tmp_path / "out", codec).resumed == 11
+    assert len(codec.seen) == 1
+    assert not (tmp_path / "out.bad.jsonl").exists()
+
+
+def test_nothing_good_is_an_error_whatever_the_share(tmp_path, manifest):
+    for utterance in read_manifest(manifest):
+        utterance.audio.write_bytes(b"")
+    with pytest.raises(UserError, match="12 of 12"):
+        encode(manifest, tmp_path / "out", CountingCodec(), max_bad_share=1.0)
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path, manifest):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("x")
+    codec = CountingCodec()
+    for out in (tmp_path / "out", tmp_path / "out/precious"):
+        with pytest.raises(UserError, match="already exists"):
+            encode(manifest, out, codec)
+    assert codec.seen == []
+    assert (tmp_path / "out/precious").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    encode(manifest, tmp_path / "empty", codec)
+    assert len(open_dataset(tmp_path / "empty", "train")) == 12
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"validation_share": 1.0}, {"max_bad_share": -0.1}, {"batch_seconds": 0}, {"workers": 0}],
+)
+def test_bad_settings(tmp_path, manifest, setting):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} {next(iter(setting.values()))} "):
+        encode(manifest, tmp_path / "out", CountingCodec(), **setting)
+
+
+def test_splits_follow_the_id_alone():
+    utterances = [Clip(Path("a"), "t", f"clip{i}") for i in range(2000)]
+    splits = assign_splits(utterances, 0.1, seed=3)
+    assert 150 < list(splits.values()).count("validation") < 250
+    assert assign_splits(utterances[::-1], 0.1, seed=3) == splits
+    assert assign_splits(utterances[:1000], 0.1, seed=3).items() <= splits.items()
+    assert assign_splits(utterances, 0.1, seed=4) != splits
+    assert set(assign_splits(utterances, 0.0, seed=3).values()) == {"train"}
+    assert list(assign_splits(utterances[:5], 1e-6, seed=3).values()).count("validation") == 1
+    own = [Clip(Path("a"), "t", "x", split="test"), Clip(Path("a"), "t", "y", split="validation")]
+    assert assign_splits(own, 0.5, seed=0) == {"x": "test", "y": "validation"}
+
+
+def example(clip, codes=(1, 0, 65535, 0)):
+    return {
+        "id": clip,
+        "text": "Hé, «ça»\n",
+        "codes": np.array(codes, np.uint16),
+        "speaker": "",
+        "description": "",
+        "language": "fr",
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset") / "d"
+    write_dataset(
+        folder,
+        {"train": (example(str(i), [i]) for i in range(50)), "test": iter([example("a")])},
+        {"codec": "c"},
+    )
+    return folder
+
+
+def test_records(dataset):
+    records = open_dataset(dataset, "train")
+    assert sorted(int(records[i]["id"]) for i in range(len(records))) == list(range(50))
+    assert all(int(r["id"]) == r["codes"][0] for r in records)
+    (record,) = open_dataset(dataset, "test")
+    expected = example("a")
+    np.testing.assert_array_equal(record.pop("codes"), expected.pop("codes"))
+    assert record == expected
+    again = pickle.loads(pickle.dumps(records))
+    np.testing.assert_equal(again[49], records[49])
+    for index in (50, -1):
+        with pytest.raises(IndexError):
+            records[index]
+
+
+def test_order_on_disk_depends_on_the_ids_only(dataset, tmp_path):
+    write_dataset(
+        tmp_path / "d", {"train": (example(str(i), [i]) for i in reversed(range(50)))}, {}
+    )
+    assert [r["id"] for r in open_dataset(tmp_path / "d", "train")] == [
+        r["id"] for r in open_dataset(dataset, "train")
+    ]
+
+
+def test_large_splits_are_many_small_files(dataset, tmp_path, monkeypatch):
+    """ArrayRecord's reads grow slower with the records of a file; the order is that of one file."""
+    monkeypatch.setattr("llasa_jax.data.builder.RECORDS_A_FILE", 12)
+    write_dataset(tmp_path / "d", {"train": (example(str(i), [i]) for i in range(50))}, {})
+    assert len(list((tmp_path / "d").glob("*array_record*"))) == 4
+    assert [r["id"] for r in open_dataset(tmp_path / "d", "train")] == [
+        r["id"] for r in open_dataset(dataset, "train")
+    ]
+
+
+def test_a_dataset_that_is_none_has_no_such_split_or_lost_a_file(dataset, tmp_path):
+    with pytest.raises(UserError, match="no dataset of codes"):
+        open_dataset(tmp_path / "none", "train")
+    with pytest.raises(UserError, match="'dev'; it has test, train"):
+        open_dataset(dataset, "dev")
+    shutil.copytree(dataset, tmp_path / "d")
+    (shard,) = (tmp_path / "d").glob("*-test.*")
+    shard.unlink()
+    assert len(open_dataset(tmp_path / "d", "train")) == 50
+    with pytest.raises(UserError, match=shard.name):
+        open_dataset(tmp_path / "d", "test")
+    (tmp_path / "d/metadata.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        read_metadata(tmp_path / "d")
+
+
+def test_damaged_files_and_an_empty_split(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    (shard,) = (tmp_path / "d").glob("*-train.*")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(
+        UserError,
+        match=(
+            r"split 'train': record 3 cannot be read, its file is damaged.*; copy the folder again"
+        ),
+    ):
+        open_dataset(tmp_path / "d", "train")[3]
+    info = json.loads((tmp_path / "d/dataset_info.json").read_text())
+    for split in info["splits"]:
+        split |= {"shardLengths": ["0"], "numBytes": "0"} if split["name"] == "test" else {}
+    (tmp_path / "d/dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="the split 'test' is empty"):
+        open_dataset(tmp_path / "d", "test")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"text": " \n"}, "'b' has no text"),
+        ({"codes": np.zeros(0, np.uint16)}, "'b' has no codes"),
+        ({"codes": np.array([3, 65_536])}, "'b' has codes from 3 to 65536, outside 0..65535"),
+        ({"codes": np.array([-1, 3])}, "'b' has codes from -1 to 3, outside"),
+        (
+            {"codes": np.array([128_264, 193_799])},
+            r"'b' has codes from 128264 to 193799, which look like token ids: subtract",
+        ),
+        ({"codes": np.ones((1, 3), int)}, r"'b' has codes of shape \(1, 3\)"),
+        ({"codes": np.array([1.0])}, "'b' has codes of .* type float64"),
+        ({"id": "a"}, "share an id"),
+    ],
+)
+def test_records_that_nothing_can_be_learned_from(tmp_path, fields, words):
+    with pytest.raises(UserError, match=words):
+        write_dataset(
+            tmp_path / "d", {"train": iter([example("a"), {**example("b"), **fields}])}, {}
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_half_made_is_left(tmp_path):
+    def fails():
+        yield example("a")
+        raise RuntimeError("broken source")
+
+    with pytest.raises(RuntimeError, match="broken source"):
+        write_dataset(tmp_path / "d", {"train": fails()}, {})
+    with pytest.raises(UserError, match="no examples"):
+        write_dataset(tmp_path / "d", {"train": iter([])}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_taken_for_the_dataset(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d.building/llasa_speech/1.0.0")
+    write_dataset(tmp_path / "d", {"train": iter([example("new")])}, {})
+    assert [r["id"] for r in open_dataset(tmp_path / "d", "train")] == ["new"]
+
+
+def test_examples_are_streamed(tmp_path):
+    alive = 0
+    most = 0
+
+    class Codes(np.ndarray):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def stream():
+        nonlocal alive, most
+        for i in range(300):
+            codes = np.arange(10, dtype=np.uint16).view(Codes)
+            alive += 1
+            most = max(most, alive)
+            yield {**example(str(i)), "codes": codes}
+
+    write_dataset(tmp_path / "d", {"train": stream()}, {})
+    assert len(open_dataset(tmp_path / "d", "train")) == 300
+    assert most < 20
+
+
+def test_tensorflow_is_never_imported(tmp_path, manifest):
+    (tmp_path / "stub/tensorflow").mkdir(parents=True)
+    (tmp_path / "stub/tensorflow/__init__.py").write_text(
+        "raise SystemExit('something imported TensorFlow')"
+    )
+    script = f"""
+import sys
+from counting_codec import CountingCodec
+from llasa_jax.data.builder import open_dataset
+from llasa_jax.encode.offline import encode
+encode({str(manifest)!r}, {str(tmp_path / "out")!r}, CountingCodec())
+print(len(list(open_dataset({str(tmp_path / "out")!r}, "train"))))
+assert "tensorflow" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "12"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", "import tensorflow"], env=environment, capture_output=True
+        ).returncode
+        == 1
+    )
