@@ -1,0 +1,88 @@
+"""A tensor's checksum, the same on devices and in files, whole or in pieces, on any mesh.
+
+    checksum = sum over i of (2 i + 1) * bits[i]   modulo 2^32
+
+`i` is the element's index in row-major order and `bits[i]` its bits as an unsigned number. The
+factors are odd, so every flipped bit changes the sum; they differ, so exchanged elements do too.
+A sum does not depend on the order of its terms, so pieces and shards are summed where they lie.
+Zeros add nothing and reshaping keeps the order: a table padded with rows of zeros and a matrix
+whose rows are split into heads have the checksum of the Hugging Face tensor.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llasa_jax.errors import UserError
+
+BLOCK = 1 << 15  # elements at a time, so that the products stay in the processor's cache
+STACKED = "layers"  # a leaf below this key has a checksum for each index of its first dimension
+
+
+def checksum(array: np.ndarray, start: int = 0) -> int:
+    """The checksum of an array in memory; of a piece of a tensor where `start` is the index of its
+    first element in the whole. The pieces' checksums add up to the whole's, modulo 2^32.
+    """
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    factors = 2 * np.arange(min(BLOCK, bits.size), dtype=np.uint32) + 1
+    total = 0
+    for at in range(0, bits.size, BLOCK):
+        block = bits[at : at + BLOCK].astype(np.uint32)
+        total += 2 * (start + at) * int(block.sum(dtype=np.uint32))
+        block *= factors[: block.size]
+        total += int(block.sum(dtype=np.uint32))
+    return total % (1 << 32)
+
+
+def checksums(tree) -> dict[str, list[int]]:
+    """The checksums of all arrays in a tree, by their path ("layers.q", "0.mu.embed"): one number,
+    or one for each layer of what lies below `layers`.
+
+    Arrays lie on any mesh, of one host or of many (then every host must call this). Their elements
+    have 1, 2 or 4 bytes. Computed on the devices; what lies in a host's pinned memory is copied to
+    them, one array at a time.
+    """
+    sums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        keys = jax.tree_util.keystr(path, simple=True, separator=".")
+        sharding = getattr(leaf, "sharding", None)
+        if getattr(sharding, "memory_kind", None) == "pinned_host":
+            leaf = jax.device_put(leaf, sharding.with_memory_kind("device"))
+        sums[keys] = _device_checksum(leaf, STACKED in keys.split("."))
+    # One wait for all: the sums above were only queued.
+    return {name: np.asarray(value).reshape(-1).tolist() for name, value in sums.items()}
+
+
+@partial(jax.jit, static_argnums=1)
+def _device_checksum(array: jax.Array, stacked: bool) -> jax.Array:
+    """uint32 [L] of a stack, else []. XLA fuses the factors into the sum: nothing is stored."""
+    array = jnp.asarray(array)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    bits = bits.astype(jnp.uint32)
+    axes = tuple(range(int(stacked), array.ndim))
+    index, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(axes):
+        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        index, stride = index + along * np.uint32(stride % (1 << 32)), stride * array.shape[axis]
+    return jnp.sum((2 * index + 1) * bits, axis=axes, dtype=jnp.uint32)
+
+
+def compare(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], where) -> None:
+    """UserError that names `where` and the first tensor of `found` whose checksum is not the
+    expected one. A tensor without an expected checksum is not compared.
+    """
+    for name, sums in found.items():
+        known = expected.get(name)
+        if known is None or known == sums:
+            continue
+        wrong = [i for i, (a, b) in enumerate(zip(sums, known, strict=False)) if a != b]
+        layer = f" of layer {wrong[0]}" if wrong and len(known) > 1 else ""
+        raise UserError(
+            f"{where} is damaged: the checksum of {name}{layer} is not the one that was saved; use"
+            " another copy or another checkpoint"
+        )
