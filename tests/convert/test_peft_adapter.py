@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM
 from llasa_jax.convert import model_folder
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.import_hf import import_hf
-from llasa_jax.convert.peft_adapter import begin_with, open_adapter
+from llasa_jax.convert.peft_adapter import open_adapter
 from llasa_jax.convert.verify import verify
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer
 from llasa_jax.errors import UserError
+from llasa_jax.finetune import begin_with
 from llasa_jax.generate.sampling import SamplingSettings
 from llasa_jax.generate.speaker import generate_codes, load
 from llasa_jax.model.llama import parameter_axes, sizes
