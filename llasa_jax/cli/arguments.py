@@ -1,0 +1,95 @@
+"""What several commands share: how a command is added, and the options that they have in common."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from llasa_jax.errors import UserError, first_line
+
+# Both are owned elsewhere (llasa_jax.codec, llasa_jax.data.importing). They are repeated here
+# because importing their owners would slow `--help` down; tests/cli/test_cli.py compares them.
+DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
+UNKNOWN_CODEC = "unknown"
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_command(
+    commands, name: str, run: Callable, help: str, takes_settings: bool = False, **options
+) -> argparse.ArgumentParser:
+    """Adds the command `name`, which calls `run(args)`.
+
+    With `takes_settings`, what the parser does not know (`--setting.name=value`) is left in
+    `args.settings`, in order. Other commands refuse it.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+    parser.set_defaults(run=run, takes_settings=takes_settings)
+    return parser
+
+
+def add_codec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--codec",
+        default=DEFAULT_CODEC,
+        help="an XCodec2 checkpoint in transformers' format: a hub id or a folder",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="cpu", help="PyTorch's name of the device that runs the codec"
+    )
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step", type=int, help="which of a run's checkpoints; the latest if not given"
+    )
+
+
+def add_validation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        help="share of the clips that becomes the split `validation`",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of validation clips")
+
+
+def add_max_bad_share(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.05,
+        help="fail if more than this share of the clips cannot be used",
+    )
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sample", type=int, default=200_000, help="look at no more clips of a split than this"
+    )
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a hub id, a Hugging Face folder, or one of our models' or runs' folders."""
+    from transformers import AutoTokenizer
+
+    from llasa_jax.convert.model_folder import HF_FOLDER
+
+    inside = Path(name) / HF_FOLDER
+    try:
+        return AutoTokenizer.from_pretrained(inside if inside.is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no tokenizer can be loaded from it ({first_line(error)}); give a folder or a"
+            " hub id"
+        ) from None

@@ -1,0 +1,170 @@
+"""Commands that make datasets: encode, import-memmap, import-codes, import-hf-dataset."""
+
+import argparse
+from pathlib import Path
+
+from llasa_jax.cli.arguments import (
+    UNKNOWN_CODEC,
+    add_codec,
+    add_command,
+    add_device,
+    add_max_bad_share,
+    add_validation,
+    load_tokenizer,
+)
+
+
+def encode(args) -> None:
+    from llasa_jax.encode.offline import encode
+
+    encode(
+        manifest=args.manifest,
+        out=args.out,
+        codec=args.codec,
+        device=args.device,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+        batch_seconds=args.batch_seconds,
+        workers=args.workers,
+    )
+
+
+def import_memmap(args) -> None:
+    from llasa_jax.data.import_memmap import import_memmap
+
+    import_memmap(
+        folder=args.folder,
+        out=args.out,
+        tokenizer=load_tokenizer(args.tokenizer),
+        codec_name=args.codec_name,
+        keep_cut=args.keep_cut,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def import_codes(args) -> None:
+    from llasa_jax.data.import_codes import import_codes
+
+    import_codes(
+        folder=args.folder,
+        transcripts=args.transcripts,
+        out=args.out,
+        codec_name=args.codec_name,
+        code_offset=args.code_offset,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def import_hf_dataset(args) -> None:
+    from llasa_jax.encode.hf_dataset import import_hf_dataset, parse_columns
+
+    import_hf_dataset(
+        source=args.source,
+        out=args.out,
+        columns=parse_columns(args.columns),
+        codec=args.codec,
+        device=args.device,
+        config=args.subset,
+        codec_name=args.codec_name,
+        code_offset=args.code_offset,
+        validation_share=args.validation_share,
+        seed=args.seed,
+        max_bad_share=args.max_bad_share,
+    )
+
+
+def add_commands(commands) -> None:
+    parser = add_command(
+        commands,
+        "encode",
+        encode,
+        "Encode speech to codes: a manifest of audio and text becomes a TFDS dataset.",
+    )
+    parser.add_argument(
+        "--manifest", type=Path, required=True, help="a JSONL file, or LJSpeech's metadata.csv"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for the dataset")
+    add_codec(parser)
+    add_device(parser)
+    add_validation(parser)
+    add_max_bad_share(parser)
+    parser.add_argument(
+        "--batch-seconds",
+        type=float,
+        default=600.0,
+        help="seconds of audio between two writes to the journal",
+    )
+    parser.add_argument("--workers", type=int, default=4, help="threads that read audio")
+
+    parser = add_command(
+        commands, "import-memmap", import_memmap, "Bring upstream's memmap files into our format."
+    )
+    parser.add_argument("folder", help="one with *_input_ids.memmap")
+    _add_import_options(parser)
+    parser.add_argument(
+        "--tokenizer",
+        default="HKUSTAudio/Llasa-1B",
+        help="the tokenizer of the ids: a folder or a hub id",
+    )
+    parser.add_argument(
+        "--keep-cut",
+        action="store_true",
+        help="keep rows that were cut, which teach the model never to stop",
+    )
+
+    parser = add_command(
+        commands,
+        "import-codes",
+        import_codes,
+        "Bring folders of ID.npy or ID.wav.npy codes into our format.",
+    )
+    parser.add_argument("folder", help="where the codes are")
+    parser.add_argument(
+        "transcripts", type=Path, help="lines of id|text, or a .jsonl file with id and text"
+    )
+    _add_import_options(parser)
+    _add_code_offset(parser)
+    add_validation(parser)
+
+    parser = add_command(
+        commands,
+        "import-hf-dataset",
+        import_hf_dataset,
+        "Bring a Hugging Face dataset into our format.",
+    )
+    parser.add_argument("source", help="a folder or a hub id")
+    _add_import_options(parser)
+    _add_code_offset(parser)
+    add_validation(parser)
+    parser.add_argument(
+        "--columns",
+        required=True,
+        help=(
+            "codes=COLUMN or audio=COLUMN, text=COLUMN, and any of id, speaker, language,"
+            " description"
+        ),
+    )
+    parser.add_argument("--subset", help="the dataset's configuration, if it has several")
+    add_codec(parser)
+    add_device(parser)
+
+
+def _add_import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="a new folder for the dataset")
+    parser.add_argument(
+        "--codec-name", default=UNKNOWN_CODEC, help="the codec that made the codes, to be recorded"
+    )
+    add_max_bad_share(parser)
+
+
+def _add_code_offset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--code-offset",
+        type=int,
+        default=0,
+        help="subtract this from every code: the id of <|s_0|>, where codes are stored as token ids"
+        " (128264 for Llama 3's tokenizer)",
+    )

@@ -1,0 +1,97 @@
+"""Commands that convert and compare models: import-hf, export-hf, verify."""
+
+from pathlib import Path
+
+from llasa_jax.cli.arguments import DTYPES, add_command, add_step
+
+
+def import_hf(args) -> None:
+    from llasa_jax.convert.import_hf import import_hf
+
+    import_hf(
+        source=args.source,
+        destination=args.destination,
+        dtype=args.dtype,
+        extend_vocab=args.extend_vocab,
+        seed=args.seed,
+    )
+
+
+def export_hf(args) -> None:
+    from llasa_jax.convert.export_hf import export_hf
+
+    export_hf(
+        source=args.source,
+        destination=args.destination,
+        step=args.step,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        verify=args.verify,
+        push_to_hub=args.push_to_hub,
+        lora=args.lora,
+    )
+
+
+def verify(args) -> None:
+    from llasa_jax.convert.verify import verify
+
+    verify(args.hf, args.model, step=args.step).check()
+
+
+def add_commands(commands) -> None:
+    parser = add_command(
+        commands,
+        "import-hf",
+        import_hf,
+        "Bring a Hugging Face Llama or Llasa checkpoint into our format.",
+    )
+    parser.add_argument("source", help="a local folder or a hub id, such as HKUSTAudio/Llasa-1B")
+    parser.add_argument("destination", type=Path, help="a new folder for the model")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="keep the weights in this type instead of the checkpoint's own",
+    )
+    parser.add_argument(
+        "--extend-vocab",
+        action="store_true",
+        help="start from a text model: add the speech tokens to tokenizer and tables",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the rows that --extend-vocab adds")
+
+    parser = add_command(
+        commands,
+        "export-hf",
+        export_hf,
+        "Write a model or a training run as a Hugging Face checkpoint.",
+    )
+    parser.add_argument("source", type=Path, help="a model's or a run's folder")
+    parser.add_argument("destination", type=Path, help="a new folder for the checkpoint")
+    add_step(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="write this type instead of that of the imported checkpoint"
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("adapter", "merge"),
+        help="of a LoRA run: PEFT's adapter alone, or a whole model",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="start a new safetensors file beyond this size"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the logits of what was written with ours"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload to this repository on the hub as well"
+    )
+
+    parser = add_command(
+        commands,
+        "verify",
+        verify,
+        "Compare the logits of a Hugging Face checkpoint with those of one of our models.",
+    )
+    parser.add_argument("hf", type=Path, help="the Hugging Face checkpoint's folder")
+    parser.add_argument("model", type=Path, help="a model's or a run's folder")
+    add_step(parser)

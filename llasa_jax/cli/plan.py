@@ -1,0 +1,75 @@
+"""The command plan."""
+
+from pathlib import Path
+
+from llasa_jax.cli.arguments import add_command
+
+
+def plan(args) -> None:
+    import dataclasses
+    import json
+
+    import jax
+
+    if args.topology != "here":
+        jax.config.update("jax_platforms", "cpu")
+    from llasa_jax.plan import plan
+    from llasa_jax.train.settings import parse_settings
+
+    settings = parse_settings([f"--config={args.config}", *args.settings])
+    config = plan.model_geometry(args.model, settings)
+    smallest = None
+    if args.search:
+        if args.topology != "here":
+            smallest = plan.search_slice(settings, config, args.topology)
+        result = plan.search_rows(settings, config, args.topology)
+        result = result or plan.plan(settings, config, args.topology, 1)
+    else:
+        result = plan.plan(settings, config, args.topology, args.rows_per_device)
+    tokens = plan.dataset_tokens(settings, args.speech_hours)
+    if tokens:
+        result = plan.with_dataset(result, settings, tokens)
+    if args.json:
+        found = {"smallest_slice": smallest and smallest.topology} if args.search else {}
+        print(json.dumps(dataclasses.asdict(result) | found, indent=2))
+        return
+    print(plan.describe(result, settings))
+    if args.search:
+        print(
+            f"the most rows a device that fit: {result.rows_per_device:g}"
+            if result.fits
+            else "not even one row a device fits"
+        )
+        if args.topology != "here":
+            print(
+                "the smallest machine of its kind that fits one row a device:"
+                f" {smallest.topology if smallest else 'none that is known'}"
+            )
+
+
+def add_commands(commands) -> None:
+    parser = add_command(
+        commands,
+        "plan",
+        plan,
+        "Say whether a training step fits a machine that need not be here, and how long it takes"
+        " there. Settings of `train` may follow as --setting.name=value.",
+        takes_settings=True,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the recipe")
+    parser.add_argument(
+        "--topology",
+        default="here",
+        help="such as v5e:4x4, v5p:2x2x2, h100:8, or `here` for this machine",
+    )
+    parser.add_argument("--model", help="1b, 3b, 8b or a model's folder, instead of model.path")
+    parser.add_argument("--rows-per-device", type=int, help="instead of train.rows")
+    parser.add_argument(
+        "--speech-hours", type=float, help="the dataset's size, where data.path is not there yet"
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="find the most rows per device and the smallest machine of its kind",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan for programs")

@@ -1,0 +1,90 @@
+"""The command generate."""
+
+from pathlib import Path
+
+from llasa_jax.cli.arguments import add_codec, add_command, add_device, add_step
+from llasa_jax.errors import UserError
+
+
+def generate(args) -> None:
+    from llasa_jax.convert.peft_adapter import open_adapters
+    from llasa_jax.generate.sampling import SamplingSettings
+    from llasa_jax.generate.speaker import Line, generate
+
+    sampling = SamplingSettings(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        speech_only=not args.any_token,
+        seed=args.seed,
+    )
+    if len(args.out) != len(args.text):
+        raise UserError(
+            f"{len(args.text)} texts and {len(args.out)} files to write were given; give an --out"
+            " for each --text"
+        )
+    adapters = open_adapters(args.adapter, args.model, len(args.text))
+    generate(
+        args.model,
+        [Line(*line) for line in zip(args.text, args.out, adapters, strict=True)],
+        codec=args.codec,
+        prompt_audio=args.prompt_audio,
+        prompt_text=args.prompt_text,
+        speaker=args.speaker,
+        description=args.description,
+        language=args.language,
+        sampling=sampling,
+        max_seconds=args.max_seconds,
+        dtype=args.dtype,
+        step=args.step,
+        device=args.device,
+    )
+
+
+def add_commands(commands) -> None:
+    parser = add_command(
+        commands,
+        "generate",
+        generate,
+        "Speak a text, or several at once: give --text, --out and, if need be, --adapter for each.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--out", action="append", type=Path, required=True, help="the wav to write")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="PEFT's or a LoRA run's folder, one for all texts or one each; '' is none",
+    )
+    add_codec(parser)
+    add_device(parser)
+    parser.add_argument("--speaker", default="", help="a speaker of the training data")
+    parser.add_argument(
+        "--description",
+        default="",
+        help="how to speak, where the model was trained with descriptions",
+    )
+    parser.add_argument(
+        "--language", default="", help="where the model was trained with named languages"
+    )
+    parser.add_argument("--prompt-audio", type=Path, help="a voice to clone; needs --prompt-text")
+    parser.add_argument("--prompt-text", help="what the prompt audio says")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 always takes the most probable token"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0 means all")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="1.2 is usual for finetuned voices"
+    )
+    parser.add_argument("--any-token", action="store_true", help="allow text tokens too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        help="longest speech; by default a length that is plausible for the text",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add_step(parser)
