@@ -2,6 +2,8 @@
 any number of hosts.
 """
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,3 +290,52 @@ def test_packed_rows_learn_as_padded_ones_do(clips, tokenizer, prompter):
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     for grad, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(grad, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
+
+
+def test_batches_made_ahead_are_the_same_and_so_is_their_place(prompter, clips):
+    """The same batches and states as without the thread; a state of either goes into the other, at
+    the start or while running.
+    """
+
+    def start(ahead):
+        return iter(batches([Source(clips, prompter)], SHAPE, seed=0, ahead=ahead))
+
+    def take(iterator, count):
+        return [(next(iterator), iterator.get_state()) for _ in range(count)]
+
+    def assert_same(found, expected):
+        for (batch, state), (wanted, wanted_state) in zip(found, expected, strict=True):
+            assert state == wanted_state
+            for name in wanted:
+                np.testing.assert_array_equal(batch[name], wanted[name])
+
+    expected = take(start(0), 60)
+    ahead, plain = start(4), start(0)
+    assert ahead.get_state() == plain.get_state()
+    assert_same(take(ahead, 60), expected)
+    for restored in (ahead, start(4), start(0)):  # the live iterator, a new one, one without thread
+        restored.set_state(expected[2][1])
+        assert restored.get_state() == expected[2][1]
+        assert_same(take(restored, 20), expected[3:23])
+        restored.close()
+    assert not [t for t in threading.enumerate() if "grain-thread-prefetch" in t.name]
+
+
+def test_batches_are_made_before_they_are_asked_for(prompter, clips):
+    """While the first of 40 batches is in use, the records of at least four windows (of 150 clips)
+    are read. Without the thread it would be one window and what Grain reads ahead of it.
+    """
+    read = []
+    many_are_read = threading.Event()
+
+    class Watched(list):
+        def __getitem__(self, at):
+            read.append(at)
+            if len(read) > 4 * len(clips):
+                many_are_read.set()
+            return super().__getitem__(at)
+
+    iterator = iter(batches([Source(Watched(clips), prompter)], SHAPE, seed=0, ahead=40))
+    next(iterator)
+    assert many_are_read.wait(60)
+    iterator.close()
