@@ -21,7 +21,7 @@ from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 from llasa_jax.errors import UserError
 from llasa_jax.speech.vocab import NUM_CODES
 
-_TEXTS = ("id", "text", "speaker", "description", "language")
+TEXTS = ("id", "text", "speaker", "description", "language")
 RECORDS_A_FILE = 8_000
 
 
@@ -211,12 +211,12 @@ class Records:
         except RuntimeError as error:
             example, damage = {}, f" ({error})"
         # A file that was cut short may also give records without fields.
-        if any(example.get(name) is None for name in ("codes", *_TEXTS)):
+        if any(example.get(name) is None for name in ("codes", *TEXTS)):
             raise UserError(
                 f"{self._name}: record {index} cannot be read, its file is damaged{damage}; copy"
                 " the folder again."
             )
-        return {"codes": example["codes"], **{key: example[key].decode() for key in _TEXTS}}
+        return {"codes": example["codes"], **{key: example[key].decode() for key in TEXTS}}
 
 
 def open_dataset(folder: str | os.PathLike, split: str) -> Records:

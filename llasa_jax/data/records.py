@@ -3,7 +3,9 @@
 import os
 from collections.abc import Sequence
 
-from llasa_jax.data.builder import Records, open_dataset
+import numpy as np
+
+from llasa_jax.data.builder import TEXTS, Records, open_dataset
 from llasa_jax.speech.prompts import Utterance
 
 
@@ -20,6 +22,11 @@ class Utterances(Sequence[Utterance]):
 
     def __getitem__(self, index: int) -> Utterance:
         return Utterance(**self._records[index])
+
+
+def record_of(utterance: Utterance, codes: np.ndarray) -> dict:
+    """An utterance with its codes, uint16 (frames,), as `write_dataset` takes it."""
+    return {name: getattr(utterance, name) for name in TEXTS} | {"codes": codes}
 
 
 def open_utterances(folder: str | os.PathLike, split: str) -> Utterances:

@@ -2,14 +2,12 @@
 given in the order they were asked for.
 """
 
-import json
 import os
 import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import jax
@@ -17,13 +15,12 @@ import numpy as np
 
 from llasa_jax.codec import HOP, MAX_BATCH_SAMPLES, Codec
 from llasa_jax.data.batching import Source
-from llasa_jax.encode.readers import AudioSource, Key, Readers
+from llasa_jax.encode.planned import EncodedClips, PlannedClip, PlannedClips
+from llasa_jax.encode.readers import Key, Readers
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import SAMPLE_RATE
-from llasa_jax.speech.prompts import Utterance
 
-SHOWN = 20  # bad clips told on the terminal
 ENOUGH = 1000  # clips, or all if they are fewer, before a share of bad ones says anything
 READING = "reading the audio "
 T = TypeVar("T")
@@ -39,120 +36,6 @@ class Cache(Protocol):
     def finish(self, skipped: set[int]) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class PlannedClip(Utterance):
-    """An utterance whose audio is not encoded yet: `codes` are zeros, as many as there will be."""
-
-    key: Key = (-1, -1)
-
-
-class Skipped:
-    """Clips that turned out bad, each with its reason: remembered, told once, and listed in a file
-    as soon as one is given.
-    """
-
-    def __init__(self):
-        self._reasons: dict[Key, str] = {}
-        self._lines: list[dict[str, str]] = []
-        self._listed: set[str] = set()
-        self._path: Path | None = None
-        self._lock = threading.Lock()
-
-    def add(self, key: Key, clip_id: str, audio: str, reason: str) -> None:
-        with self._lock:
-            if key in self._reasons:
-                return
-            self._reasons[key] = reason
-            self._lines.append({"id": clip_id, "audio": audio, "reason": reason})
-            self._write()
-        if len(self) <= SHOWN:
-            more = (
-                ""
-                if len(self) < SHOWN
-                else " (others that follow are only listed in the run's bad.jsonl)"
-            )
-            warnings.warn(f"the clip {clip_id!r} is skipped: {reason}{more}", stacklevel=2)
-
-    def list_in(self, path: Path) -> None:
-        with self._lock:
-            self._path = path
-            self._listed = (
-                set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
-            )
-            self._write()
-
-    def of(self, number: int) -> set[int]:
-        """The indices of a source's skipped clips."""
-        return {index for source, index in self._reasons if source == number}
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._reasons
-
-    def __len__(self) -> int:
-        return len(self._reasons)
-
-    def explained(self) -> str:
-        """The first reason, and where the others are."""
-        first = next(iter(self._reasons.values())).rstrip(".")
-        return f"the first: {first}" + (f". All are listed in {self._path}" if self._path else "")
-
-    def _write(self) -> None:
-        if self._path is None or not self._lines:
-            return
-        lines = [json.dumps(line, ensure_ascii=False) for line in self._lines]
-        self._lines = []
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines if line not in self._listed)
-
-
-class PlannedClips(Sequence[PlannedClip | None]):
-    """One split of a source of audio as records to plan rows with. `number` tells the source from
-    the run's others.
-
-    A clip whose length cannot be told is skipped: None.
-    """
-
-    def __init__(self, audio: AudioSource, split: str, number: int, skipped: Skipped):
-        self.audio, self.split, self.number, self.skipped = audio, split, number, skipped
-        self.indices = [*audio.split(split)]
-        self._samples = np.full(len(self.indices), -1, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, at: int) -> PlannedClip | None:
-        index = self.indices[at]
-        key = self.number, index
-        utterance = self.audio.utterance(index)
-        if self._samples[at] < 0:
-            try:
-                self._samples[at] = self.audio.samples(index)
-            except (UserError, OSError) as error:
-                self.skipped.add(key, utterance.id, self.audio.key(index)[0], str(error))
-                return None
-        given = {field.name: getattr(utterance, field.name) for field in fields(Utterance)}
-        return PlannedClip(
-            **given | {"codes": np.zeros(self._samples[at] // HOP + 1, np.uint16), "key": key}
-        )
-
-
-class EncodedClips(Sequence[Utterance | None]):
-    """Planned clips with those codes that are given; None for a skipped clip."""
-
-    def __init__(self, clips: PlannedClips, codes: dict[Key, np.ndarray | None]):
-        self._clips, self._codes = clips, codes
-
-    def __len__(self) -> int:
-        return len(self._clips)
-
-    def __getitem__(self, at: int) -> Utterance | None:
-        return with_codes(self._clips[at], self._codes)
-
-
-def with_codes(clip: PlannedClip | None, codes: dict[Key, np.ndarray | None]) -> PlannedClip | None:
-    return None if clip is None or codes[clip.key] is None else replace(clip, codes=codes[clip.key])
 
 
 class Encoder:
@@ -229,7 +112,7 @@ class Encoder:
             if not groups:
                 return
             while unread and (not held or held < self.settings.read_ahead * SAMPLE_RATE):
-                held += len(missing[unread[0]].codes) * HOP
+                held += missing[unread[0]].num_codes * HOP
                 self._read(unread.popleft())
             if all(key in codes for key in groups[0][0]):
                 keys, payload = groups.popleft()
@@ -239,13 +122,13 @@ class Encoder:
                     del users[key], codes[key]
                 continue
             for key, wave, reason in self._receive(block=not waves):
-                if not reason and len(wave) // HOP + 1 != len(missing[key].codes):
+                if not reason and len(wave) // HOP + 1 != missing[key].num_codes:
                     reason = (
                         f"{self._name(key)}: its length is not the one that its header tells;"
                         " export it again from its source"
                     )
                 if reason:
-                    held -= len(missing[key].codes) * HOP
+                    held -= missing[key].num_codes * HOP
                     codes[key] = None
                     self.skipped.add(key, missing.pop(key).id, self._name(key), reason)
                     self._check_share()
@@ -258,7 +141,7 @@ class Encoder:
                     self._encode(together, [waves.pop(key) for key in together]),
                     strict=True,
                 ):
-                    held -= len(missing.pop(key).codes) * HOP
+                    held -= missing.pop(key).num_codes * HOP
                     codes[key] = made
 
     def held_out(self, sources: Sequence[Source], process: tuple[int, int]) -> list[Source]:
@@ -314,7 +197,7 @@ class Encoder:
         if clip.key in self.skipped:
             return True, None
         codes = self._caches[number].get(index) if self._caches[number] else None
-        return codes is not None and len(codes) == len(clip.codes), codes
+        return codes is not None and len(codes) == clip.num_codes, codes
 
     def _start_readers(self) -> Readers:
         if self._readers is None:
@@ -348,8 +231,8 @@ class Encoder:
         """Of the clips that are read the one that is needed first, and others of its length, as
         many as the codec takes at once.
         """
-        frames = len(next(clip for key, clip in missing.items() if key in waves).codes)
-        alike = [key for key, clip in missing.items() if key in waves and len(clip.codes) == frames]
+        frames = next(clip for key, clip in missing.items() if key in waves).num_codes
+        alike = [key for key, clip in missing.items() if key in waves and clip.num_codes == frames]
         return alike[: max(1, MAX_BATCH_SAMPLES // (frames * HOP))]
 
     def _encode(self, keys: list[Key], waves: list[np.ndarray]) -> list[np.ndarray]:

@@ -7,13 +7,15 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import grain
 
-from llasa_jax.data.batching import BatchShape, Planned, Source, ToExample, fill, plan
-from llasa_jax.encode.encoder import READING, Encoder, PlannedClip, with_codes
+from llasa_jax.data.batching import BatchShape, Planned, Source, fill, plan
+from llasa_jax.encode.encoder import READING, Encoder
+from llasa_jax.encode.planned import PlannedClip
 from llasa_jax.runtime.leave import UNINTERRUPTIBLE
 
 POLL = 0.1  # seconds between looks at whether to stop
@@ -35,7 +37,7 @@ class OnlineBatches(grain.DatasetIterator):
         super().__init__()
         self._encoder, self._settings, self._shape = encoder, encoder.settings, shape
         self._hosts = options["process"][1]
-        self._to_example = ToExample(sources, shape.length, options["too_long"])
+        self._sources = sources
         self._plan = iter(plan(sources, shape, **options))
         self._state = self._plan.get_state()
         self._ready: queue.Queue[tuple[dict, dict]] = queue.Queue(self._settings.queue)
@@ -118,11 +120,8 @@ class OnlineBatches(grain.DatasetIterator):
             for codes, (rows, state) in self._encoder.encode(
                 self._planned(), ahead=self._settings.queue
             ):
-                batch = fill(
-                    [[self._filled(planned, codes) for planned in row] for row in rows],
-                    self._shape,
-                    self._hosts,
-                )
+                rows = [[encoded(one, self._sources, codes) for one in row] for row in rows]
+                batch = fill(rows, self._shape, self._hosts)
                 self._encoder.doing = "done, as the queue is full"
                 while not self._encoder.closed.is_set():
                     try:
@@ -135,17 +134,23 @@ class OnlineBatches(grain.DatasetIterator):
 
     def _planned(self) -> Iterator[tuple[list[PlannedClip], tuple[Rows, dict]]]:
         for rows in self._plan:
-            clips = [
-                planned.record
-                for row in rows
-                for planned in row
-                if isinstance(planned.record, PlannedClip)
-            ]
-            yield clips, (rows, copy.deepcopy(self._plan.get_state()))
+            yield to_encode(chain(*rows)), (rows, copy.deepcopy(self._plan.get_state()))
 
-    def _filled(self, planned: Planned, codes: dict) -> Planned:
-        if not isinstance(planned.record, PlannedClip):
-            return planned
-        return replace(
-            planned, example=self._to_example(planned.source, with_codes(planned.record, codes))
-        )
+
+def to_encode(planned: Iterable[Planned]) -> list[PlannedClip]:
+    """The clips among what is planned that must be encoded before rows can be filled."""
+    return [one.record for one in planned if one.example is not None and one.example.lacks_codes]
+
+
+def encoded(planned: Planned, sources: Sequence[Source], codes: dict) -> Planned:
+    """The planned record with its example whole, by the codes of `Encoder.encode`; without an
+    example where its clip turned out bad.
+    """
+    example = planned.example
+    if example is None or not example.lacks_codes:
+        return planned
+    made = codes[planned.record.key]
+    if made is None:
+        return replace(planned, example=None)
+    prompter = sources[planned.source].prompter
+    return replace(planned, example=prompter.with_codes(example, made))

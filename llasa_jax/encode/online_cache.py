@@ -8,7 +8,6 @@ into one.
 """
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import sqlite3
@@ -21,8 +20,10 @@ import numpy as np
 
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.data.builder import read_metadata, write_dataset
-from llasa_jax.encode.encoder import Encoder, PlannedClips
+from llasa_jax.data.records import record_of
+from llasa_jax.encode.encoder import Encoder
 from llasa_jax.encode.offline import JOURNAL, open_journal
+from llasa_jax.encode.planned import PlannedClips
 from llasa_jax.encode.readers import AudioSource
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
@@ -193,7 +194,7 @@ class CodesCache:
 
     def _examples(self, indices: Sequence[int]) -> Iterator[dict]:
         for index in indices:
-            yield dataclasses.asdict(self._audio.utterance(index)) | {"codes": self.get(index)}
+            yield record_of(self._audio.utterance(index), self.get(index))
 
 
 def open_encoder(

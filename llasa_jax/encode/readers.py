@@ -35,7 +35,7 @@ class AudioSource(Protocol):
         """
 
     def utterance(self, index: int) -> Utterance:
-        """Everything but the codes, which are empty. Ids are unique in the source."""
+        """Everything but the codes, which are None. Ids are unique in the source."""
 
     def key(self, index: int) -> tuple[str, int, int]:
         """Where the audio lies, its size and its time of change: codes in a cache are good for the

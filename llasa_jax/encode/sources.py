@@ -17,8 +17,6 @@ from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import audio_samples, read_audio
 from llasa_jax.speech.prompts import Utterance
 
-NO_CODES = np.zeros(0, np.uint16)
-
 
 class ManifestAudio:
     """The clips of a manifest (see `read_manifest`), split as `encode` splits them (see
@@ -50,9 +48,7 @@ class ManifestAudio:
 
     def utterance(self, index: int) -> Utterance:
         clip = self._clips[index]
-        return Utterance(
-            clip.text, NO_CODES, clip.id, clip.speaker, clip.description, clip.language
-        )
+        return Utterance(clip.text, None, clip.id, clip.speaker, clip.description, clip.language)
 
     def key(self, index: int) -> tuple[str, int, int]:
         return file_key(self._clips[index].audio)

@@ -31,7 +31,6 @@ USUAL = {
     ),
     "speaker": ("speaker", "speaker_id"),
 }
-NO_CODES = np.zeros(0, np.uint16)
 Audio = str | bytes | tuple[np.ndarray, int]  # a file, a file's bytes, or samples and their rate
 
 
@@ -119,7 +118,7 @@ class TableAudio:
     def utterance(self, index: int) -> Utterance:
         split, row = self._rows[index]
         return Utterance(
-            **self._tables[split].texts(row, self._fields), id=self._ids[index], codes=NO_CODES
+            **self._tables[split].texts(row, self._fields), id=self._ids[index], codes=None
         )
 
     def key(self, index: int) -> tuple[str, int, int]:

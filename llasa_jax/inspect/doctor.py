@@ -100,7 +100,7 @@ def _examine_audio(source: SourceSettings, data: DataSettings, tokenizer) -> lis
         looked = [clips[int(i)] for i in np.linspace(0, len(clips) - 1, min(len(clips), HEADERS))]
         readable = [clip for clip in looked if clip is not None]
         for clip in readable if prompter else ():
-            prompter.example(clip)
+            prompter.plan(clip)
     except UserError as error:
         return [Finding("bad", "audio", str(error))]
     unreadable = 1 - len(readable) / len(looked)

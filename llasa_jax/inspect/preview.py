@@ -14,9 +14,11 @@ import numpy as np
 
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.convert.model_folder import load_tokenizer
-from llasa_jax.data.batching import ToExample, drawn, draws_per_epoch, sources_of
-from llasa_jax.encode.encoder import PlannedClip, PlannedClips
-from llasa_jax.errors import UserError
+from llasa_jax.data.batching import Planned, ToExample, drawn, draws_per_epoch, sources_of
+from llasa_jax.encode.online import encoded, to_encode
+from llasa_jax.encode.online_cache import open_encoder
+from llasa_jax.encode.planned import PlannedClips
+from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.settings import Settings
@@ -43,25 +45,26 @@ def preview(
     """
     out = out or sys.stdout
     tokenizer = load_tokenizer(Path(settings.model.path))
+    codec = None
     if any(isinstance(data, PlannedClips) for data in records):
         codec = load_codec(settings.data.online.codec, settings.data.online.device)
-        records = [
-            _Encoded(data, codec) if isinstance(data, PlannedClips) else data for data in records
-        ]
     sources = sources_of(settings.sources, tokenizer, records)
     order = drawn(sources, settings.train.seed)
     to_example = ToExample(sources, settings.data.max_length, settings.data.too_long)
     coloured = out.isatty() and not os.environ.get("NO_COLOR")
-    for draw in range(min(count, draws_per_epoch(sources))):
-        source, record = order[draw] or (0, None)
-        if record is None:
-            continue  # a bad clip, of which a warning has told
-        example = to_example(source, record)
-        if example is None:
+    draws = (order[draw] for draw in range(min(count, draws_per_epoch(sources))))
+    # A bad clip is None; a warning has named it.
+    planned = (Planned(*draw, to_example(*draw)) for draw in draws if draw and draw[1] is not None)
+    for one, codes in _with_codes(planned, settings.data.online, records, codec):
+        source, record = one.source, one.record
+        example = encoded(one, sources, codes).example
+        if one.example is None:
             print(
                 f"{record.id}: longer than data.max_length={settings.data.max_length}, left out",
                 file=sys.stderr if as_json else out,
             )
+        elif example is None:
+            continue  # it turned out bad when it was read; a warning has named it
         elif as_json:
             labels = np.where(example.loss, example.tokens, -100)
             print(
@@ -88,25 +91,18 @@ def preview(
             print("\n", file=out)
 
 
-class _Encoded(Sequence):
-    """Clips of audio, encoded when asked for; None for a bad one."""
-
-    def __init__(self, clips: PlannedClips, codec: Codec):
-        self._clips, self._codec = clips, codec
-
-    def __len__(self) -> int:
-        return len(self._clips)
-
-    def __getitem__(self, at: int) -> PlannedClip | None:
-        clip = self._clips[at]
-        if clip is None:
-            return None
-        _, index = clip.key
-        try:
-            return replace(clip, codes=self._codec.encode([self._clips.audio.wave(index)])[0])
-        except (UserError, OSError) as error:
-            self._clips.skipped.add(clip.key, clip.id, self._clips.audio.key(index)[0], str(error))
-            return None
+def _with_codes(
+    planned: Iterator[Planned], online: OnlineSettings, records: Sequence, codec: Codec | None
+) -> Iterator[tuple[Planned, dict]]:
+    """What is planned, each with the codes of its clip, as `Encoder.encode` gives them."""
+    # Looking must not lock or fill the cache of a run.
+    encoder = open_encoder(replace(online, cache=""), records, (), codec)
+    if encoder is None:
+        yield from ((one, {}) for one in planned)
+        return
+    with encoder:
+        groups = ((to_encode([one]), one) for one in planned)
+        yield from ((one, codes) for codes, one in encoder.encode(groups, ahead=online.queue))
 
 
 def _pieces(

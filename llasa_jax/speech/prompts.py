@@ -59,16 +59,28 @@ _MARKERS = {
 _LEARNED = {"tts": "codes", "asr": "text"}
 
 
+# Stands for a code that is not made yet, in the tokens of a planned example. No token has this id.
+NOT_ENCODED = -1
+
+
 @dataclass(frozen=True)
 class Utterance:
-    """A spoken sentence. `codes` are XCodec2's, 50 per second; absent fields are empty."""
+    """A spoken sentence. `codes` are XCodec2's, uint16 (num_codes,), 50 per second; None where the
+    audio is not encoded yet. `num_codes` then says how many there will be, 0 if that is not known.
+    Absent texts are empty.
+    """
 
     text: str
-    codes: np.ndarray
+    codes: np.ndarray | None
     id: str = ""
     speaker: str = ""
     description: str = ""
     language: str = ""
+    num_codes: int = 0
+
+    def __post_init__(self):
+        if self.codes is not None:
+            object.__setattr__(self, "num_codes", len(self.codes))
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,11 @@ class Example:
     tokens: np.ndarray
     loss: np.ndarray
     visible: np.ndarray
+
+    @property
+    def lacks_codes(self) -> bool:
+        """Whether it is only planned: tokens are missing that the codec has yet to make."""
+        return bool((self.tokens == NOT_ENCODED).any())
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ class PromptSettings:
         filled = replace(
             filled, assistant_with_speaker=filled.assistant_with_speaker or filled.assistant
         )
-        known = {field.name for field in fields(Utterance)} - {"id"}
+        known = {field.name for field in fields(Utterance)} - {"id", "num_codes"}
         for template in given:
             for field in _fields_of(getattr(filled, template)):
                 if field not in known:
@@ -192,15 +209,27 @@ class Prompter:
         self._frame = lru_cache(maxsize=4096)(self._make_frame)
 
     def example(self, record: Utterance | Conversation) -> Example:
-        """The training example of a record: its whole conversation. UserError names the record's
-        id.
+        """The training example of a record: its whole conversation.
 
-        The task chat takes a `Conversation`, the others an `Utterance`.
+        The task chat takes a `Conversation`, the others an `Utterance`. Raises UserError, naming
+        the record's id, where a prompt cannot be made of it, and where it is not encoded yet.
+        """
+        example = self.plan(record)
+        if example.lacks_codes:
+            raise UserError(
+                f"the utterance {record.id!r} is not encoded yet; train with data.mode=online, or"
+                " encode it first with `llasa-jax encode`"
+            )
+        return example
+
+    def plan(self, record: Utterance | Conversation) -> Example:
+        """As `example`, but a record that is not encoded yet gives NOT_ENCODED in place of each
+        token of its codes, for `with_codes` to replace.
         """
         if self.settings.task == "chat":
             tokens, loss = self._chat(record)
         else:
-            if not len(record.codes):
+            if not record.num_codes:
                 raise UserError(
                     f"the utterance {record.id!r} has no codes; leave it out of the dataset"
                 )
@@ -209,6 +238,19 @@ class Prompter:
             loss[start : start + size + 2] = True
         visible = np.ones(len(tokens), bool) if self._hidden is None else tokens != self._hidden
         return Example(tokens, loss, visible)
+
+    def length(self, record: Utterance | Conversation) -> int:
+        """How many tokens the example of a record has, encoded or not."""
+        return len(self.plan(record).tokens)
+
+    def with_codes(self, example: Example, codes: np.ndarray) -> Example:
+        """A planned example with its codes, integers (num_codes,): what `example` gives of the
+        encoded record. Of an example that was cut, the codes that are left.
+        """
+        tokens = example.tokens.copy()
+        places = np.flatnonzero(tokens == NOT_ENCODED)
+        tokens[places] = self.vocab.ids_of(codes)[: len(places)]
+        return replace(example, tokens=tokens)
 
     def opening(
         self,
@@ -263,7 +305,11 @@ class Prompter:
             self._refuse_control(name, value)
         frame, places = self._frame(assistant, **values)
         try:
-            codes = self.vocab.ids_of(utterance.codes)
+            codes = (
+                np.full(utterance.num_codes, NOT_ENCODED, np.int32)
+                if utterance.codes is None
+                else self.vocab.ids_of(utterance.codes)
+            )
         except ValueError as error:
             raise UserError(
                 f"{name}: {error}; codes are XCodec2's own numbers, without the vocabulary's offset"

@@ -26,16 +26,17 @@ from tiny_run import lines_of, losses, make_model, settings_for
 
 from llasa_jax.codec import load_codec
 from llasa_jax.data import builder
-from llasa_jax.data.batching import BatchShape, Source, batches
+from llasa_jax.data.batching import BatchShape, Source, ToExample, batches
 from llasa_jax.data.builder import open_dataset
 from llasa_jax.data.records import open_utterances
 from llasa_jax.data.settings import SourceSettings
 from llasa_jax.demo.tiny import make_tiny_codec
-from llasa_jax.encode.encoder import Encoder, PlannedClips, Skipped, share_gpu
+from llasa_jax.encode.encoder import Encoder, share_gpu
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.offline import encode
 from llasa_jax.encode.online import OnlineBatches
 from llasa_jax.encode.online_cache import CodesCache, open_encoder
+from llasa_jax.encode.planned import PlannedClips, Skipped
 from llasa_jax.encode.readers import CHANCES, STARTS, Readers
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.encode.sources import ManifestAudio
@@ -43,6 +44,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.inspect.doctor import doctor
 from llasa_jax.inspect.preview import preview
 from llasa_jax.runtime import hosts
+from llasa_jax.speech.prompts import Prompter, PromptSettings
 from llasa_jax.train import loop as train_module
 from llasa_jax.train.loop import train
 
@@ -120,6 +122,32 @@ def test_the_same_batches_as_offline_in_the_same_places(manifest, prompter, offl
     with encoder_of(ManifestAudio(manifest))[0] as encoder:
         again = online(encoder, clips, prompter, 4, state=found[4][1])
     same([batch for batch, _ in again], [batch for batch, _ in wanted[5:]])
+
+
+def test_clips_that_are_not_encoded_are_refused_without_an_encoder(manifest, prompter):
+    _, clips = encoder_of(ManifestAudio(manifest))
+    assert clips[0].codes is None
+    assert clips[0].num_codes == len(clips.audio.wave(clips.indices[0])) // 320 + 1
+    with pytest.raises(UserError, match="is not encoded yet"):
+        prompter.example(clips[0])
+    with pytest.raises(UserError, match="is not encoded yet, and cannot be trained on"):
+        next(iter(batches([Source(clips, prompter)], SHAPE, **OPTIONS)))
+
+
+@pytest.mark.parametrize("cut", [None, 200, 3])
+@pytest.mark.parametrize("settings", [{}, {"mask": "upstream"}, {"task": "asr"}])
+def test_a_planned_example_with_its_codes_is_the_example(tokenizer, manifest, settings, cut):
+    prompter = Prompter(tokenizer, PromptSettings(**settings))
+    _, clips = encoder_of(ManifestAudio(manifest))
+    codes = np.arange(clips[0].num_codes, dtype=np.uint16)
+    utterance = replace(clips[0], codes=codes)
+    to_example = ToExample([Source(clips, prompter)], cut or 10_000, "cut")
+    planned, wanted = to_example(0, clips[0]), to_example(0, utterance)
+    assert prompter.length(clips[0]) == prompter.length(utterance)
+    found = prompter.with_codes(planned, codes)
+    for name in ("tokens", "loss", "visible"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    assert not found.lacks_codes
 
 
 def test_hosts_encode_only_their_own(manifest, prompter, offline):

@@ -65,7 +65,7 @@ def measure(
 
     def look(draw: int) -> tuple[int, int]:
         source, record = order[draw] or (0, None)
-        return source, 0 if record is None else len(sources[source].prompter.example(record).tokens)
+        return source, 0 if record is None else sources[source].prompter.length(record)
 
     # In threads, since the length of an audio clip is read from its file.
     with ThreadPoolExecutor(MEASURING_THREADS) as pool:

@@ -40,7 +40,7 @@ class ToExample:
     def __call__(self, source: int, record: Utterance | Conversation | None) -> Example | None:
         if record is None:
             return None
-        example = self._sources[source].prompter.example(record)
+        example = self._sources[source].prompter.plan(record)
         if len(example.tokens) <= self._length:
             return example
         if self._too_long == "drop":
@@ -52,8 +52,8 @@ class ToExample:
 
 @dataclass(frozen=True)
 class Planned:
-    """A drawn record and its example. The example already has its final length; in online training
-    its codes come later.
+    """A drawn record and its example (see `Prompter.plan`). The example already has its final
+    length; in online training its codes come later.
     """
 
     source: int
@@ -136,8 +136,15 @@ def fill(
 
     `tokens` and `targets` int32 (targets are the next tokens), `loss_mask` bool (targets with
     loss), `segment_ids` int32 (0 is padding) and `positions` int32. Bad clips, which have no
-    example, become padding at the end of their row.
+    example, become padding at the end of their row. Raises UserError for a clip that is not encoded
+    yet.
     """
+    for planned in (planned for row in rows for planned in row):
+        if planned.example is not None and planned.example.lacks_codes:
+            raise UserError(
+                f"the clip {planned.record.id!r} is not encoded yet, and cannot be trained on; set"
+                " data.mode=online, or encode it first with `llasa-jax encode`"
+            )
     here = shape.rows // hosts
     filled = [
         _row([planned.example for planned in row if planned.example is not None], shape.length)
