@@ -1,5 +1,6 @@
 """The one exception that means: the input is wrong, and here is how to fix it."""
 
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -21,3 +22,17 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     """The first names of many, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text of others that is safe to print: what could steer a terminal becomes an escape.
+
+    That is control and format characters (bidirectional overrides too), line separators and lone
+    surrogates, except the characters in `keep`. Letters and spaces of every script stay.
+    """
+    return "".join(
+        c
+        if c in keep or not (unicodedata.category(c)[0] == "C" or c in "\u2028\u2029")
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )

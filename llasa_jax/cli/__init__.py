@@ -6,12 +6,13 @@ Each command imports what it needs when it runs, so that `--help` answers at onc
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 
 from llasa_jax import __version__
 from llasa_jax.cli import data, inspect, model, plan, speak, train
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, first_line, printable
 from llasa_jax.runtime.leave import leave
 
 # In the order in which a voice is made, which is the order of `llasa-jax --help`.
@@ -41,22 +42,34 @@ def main(arguments: list[str] | None = None) -> int:
     if settings and not args.takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
-    warnings.showwarning = lambda message, *_, **__: print(
-        f"llasa-jax: warning: {message}", file=sys.stderr
-    )
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     for name in ("absl", "orbax", "jax", "huggingface_hub"):  # they log at every step
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return leave(args.run(args) or 0)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return leave(status)
     except UserError as error:
-        print(f"llasa-jax: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
+        return leave(2)
+    except BrokenPipeError:
+        # The reader of our output is gone (`llasa-jax preview ... | head`). Python would complain
+        # once more when it flushes stdout at its end, so that goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return leave(128 + signal.SIGPIPE)
+    except OSError as error:  # a fault of the machine, such as a full disk or a permission
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        _say(f"error: {place}{error.strerror or first_line(error)}")
         return leave(2)
     except KeyboardInterrupt:
-        print(
-            "llasa-jax: interrupted; the same command goes on where work was saved", file=sys.stderr
-        )
+        _say("interrupted; the same command goes on where work was saved")
         return leave(130)
     except SystemExit as stop:
-        leave(stop.code)
+        leave(1 if isinstance(stop.code, str) else stop.code or 0)
         raise
+
+
+def _say(line: str) -> None:
+    """Prints to stderr. Messages quote file names and texts, which must not steer the terminal."""
+    print(f"llasa-jax: {printable(line, keep=chr(10))}", file=sys.stderr)

@@ -10,6 +10,7 @@ from llasa_jax import cli
 from llasa_jax.cli import arguments
 from llasa_jax.codec import DEFAULT_CODEC
 from llasa_jax.data.importing import UNKNOWN_CODEC
+from llasa_jax.errors import printable
 
 
 def test_help_answers_at_once():
@@ -51,3 +52,43 @@ def test_settings_keep_their_order_and_reach_only_commands_that_take_them(capsys
         cli.main(["import-hf", "a", "b", "--train.rows=3"])
     assert stop.value.code == 2
     assert "unrecognized arguments: --train.rows=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, Ünïcode, 日本語\u3000, नमस्ते", "plain, Ünïcode, 日本語\u3000, नमस्ते"),
+        ("\x1b[2J\x07\x7f\x9b", r"\x1b[2J\x07\x7f\x9b"),
+        ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("\u202eabc\u2028\ud800", r"\u202eabc\u2028\ud800"),
+    ],
+)
+def test_printable_escapes_what_steers_a_terminal(text, shown):
+    assert printable(text) == shown
+
+
+def test_errors_are_printable(capsys):
+    assert cli.main(["train", "--config", "no\x1b[2Jthing.yaml"]) == 2
+    assert r"no\x1b[2Jthing.yaml" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_and_a_fault_of_the_machine_end_in_a_sentence(monkeypatch, capsys):
+    program = (
+        "import sys; from llasa_jax import cli\n"
+        "cli.inspect.report = lambda args: print('word ' * 100_000)\n"
+        "sys.exit(cli.main(['report', 'x']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+    def fail(args):
+        raise PermissionError(13, "Permission denied", "page.html")
+
+    monkeypatch.setattr(cli.inspect, "report", fail)
+    assert cli.main(["report", "x"]) == 2
+    assert capsys.readouterr().err == "llasa-jax: error: page.html: Permission denied\n"
