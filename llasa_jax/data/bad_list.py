@@ -1,6 +1,10 @@
 """What the lists of bad records share: the reason as a sentence, and a record as a line of JSON."""
 
 import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 from llasa_jax.errors import UserError
 
@@ -12,8 +16,37 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def as_json(record: dict) -> str:
-    """A line of JSON. Names that are not UTF-8, which Python holds as lone surrogates, are escaped
-    (\\udce9), since no file and no terminal takes them as they are.
+def as_text(text: str | os.PathLike) -> str:
+    """Text that files, terminals and databases take: in names that are not UTF-8, the bytes that
+    Python holds as lone surrogates are escaped (\\udce9).
     """
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return os.fspath(text).encode("utf-8", "backslashreplace").decode()
+
+
+def as_json(record: dict) -> str:
+    """A record as a line of JSON."""
+    return as_text(json.dumps(record, ensure_ascii=False))
+
+
+class BadList:
+    """Lines of JSON that become the file `path` whole, or not at all; until then they lie in memory
+    or, when they are many, in a file without a name, which nobody has to clean up.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lines = tempfile.SpooledTemporaryFile(2**24, "w+", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, record: dict) -> None:
+        self._lines.write(as_json(record) + "\n")
+
+    def publish(self) -> None:
+        """Writes the file; without lines, removes one that an earlier run has left."""
+        if not self._lines.tell():
+            self.path.unlink(missing_ok=True)
+            return
+        self._lines.seek(0)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            shutil.copyfileobj(self._lines, file)
+        partial.replace(self.path)

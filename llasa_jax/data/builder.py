@@ -1,7 +1,7 @@
 """The dataset on disk: a TFDS dataset of ArrayRecord files, written and read without TensorFlow.
 
 An example is a dict of `id`, `text`, `speaker`, `description`, `language` (str) and `codes` (uint16
-array (frames,)). metadata.json, beside the records, says which codec made the codes.
+array (frames,)). metadata.json says which codec made the codes, seal.json which records they are.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.shuffle import DuplicatedKeysError
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
-from llasa_jax.errors import UserError
+from llasa_jax.data.seal import SEAL, TEXTS, RecordDigest, check_new, read_seal
+from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.new_folder import new_folder
 from llasa_jax.speech.vocab import NUM_CODES
 
-TEXTS = ("id", "text", "speaker", "description", "language")
 RECORDS_A_FILE = 8_000
 
 
@@ -74,7 +75,7 @@ class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
                 )
             except ValueError as error:
                 raise UserError(
-                    f"the record {example['id']!r} has {error}; mend it or leave it out."
+                    f"the record {example['id']!r} has {error}; fix it or leave it out."
                 ) from None
 
 
@@ -98,29 +99,36 @@ class _DownloadConfig(tfds.download.DownloadConfig):
 
 
 def write_dataset(
-    out: str | os.PathLike, splits: dict[str, Iterable[dict]], metadata: dict
+    out: str | os.PathLike,
+    splits: dict[str, Iterable[dict]],
+    metadata: dict,
+    made_from: str = "",
+    summary: Callable[[], dict] = dict,
 ) -> None:
     """Writes a dataset that `tfds.builder_from_directory(out)` and `open_dataset(out, split)` read.
 
     `splits` gives each split's examples, streamed: memory holds at most TFDS's shuffle buffer (1
     GB; it orders records by the hash of their id). `metadata` is a flat dict, kept in
-    metadata.json: codec, fingerprint, hop, sample_rate. Everything is written to `<out>.building`
-    and renamed at the end. Raises `UserError` if `out` is there already, a split is empty, two
-    records of a split share an id, or a record has no text, no codes, or codes outside 0..65,535.
+    metadata.json: codec, fingerprint, hop, sample_rate. `made_from` identifies the command and its
+    input, for `is_made`; `summary()`, asked when all records are written, is kept beside it. The
+    dataset is written to a hidden folder beside `out` and renamed at the end. Raises `UserError` if
+    `out` is there already, a split is empty, two records of a split share an id, or a record has no
+    text, no codes, or codes outside 0..65,535.
     """
     out = Path(out)
     check_new(out)
-    building = out.with_name(f"{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # what a killed run left
-    try:
-        builder = LlasaSpeech(
-            splits=splits, metadata=metadata, data_dir=building, file_format="array_record"
-        )
-        config = _DownloadConfig(try_download_gcs=False)
+    digest, fault = RecordDigest(), None
+    with new_folder(out) as building:
         try:
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # TFDS announces the folder that is about to be renamed
+            builder = LlasaSpeech(
+                splits={split: digest.of(split, rows) for split, rows in splits.items()},
+                metadata=metadata,
+                data_dir=building,
+                file_format="array_record",
+            )
+            config = _DownloadConfig(try_download_gcs=False)
+            # TFDS announces the folder that is about to be renamed.
+            with contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(
                     download_dir=building / "downloads", download_config=config
                 )
@@ -130,19 +138,53 @@ def write_dataset(
             raise UserError(
                 f"{out}: not written, a split has no examples; leave it out of {', '.join(splits)}."
             ) from error
-        except Exception as error:
-            # To say which two, TFDS needs TensorFlow, and fails anew without.
-            cause = error
-            while cause and not isinstance(cause, DuplicatedKeysError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise UserError(
+        except Exception as error:  # noqa: BLE001 raised below
+            fault = _explained(out, error)
+        if fault is not None:
+            raise fault  # out here, so that it is not made the cause of its own cause
+        seal = {"records": digest.hexdigest(), "made_from": made_from, "summary": summary()}
+        # Out of TFDS's NAME/VERSION, which would be empty folders in the dataset's.
+        for path in Path(builder.data_path).iterdir():
+            path.rename(building / path.name)
+        for name in (LlasaSpeech.name, "downloads"):
+            shutil.rmtree(building / name, ignore_errors=True)
+        (building / SEAL).write_text(json.dumps(seal, indent=2) + "\n", encoding="utf-8")
+
+
+def _explained(out: Path, error: Exception) -> Exception:
+    """The error itself, or the mistake that is behind it. TFDS raises others of its own from it,
+    since to say which two records share an id it needs TensorFlow.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(cause, DuplicatedKeysError):
+            return UserError(
                 f"{out}: not written, two records of one split share an id; give each its own."
-            ) from error
-        os.rename(builder.data_path, out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            )
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def dataset_fingerprint(folder: str | os.PathLike) -> str:
+    """64 hex digits that are equal for two datasets only if their splits hold the same records (all
+    texts and codes), in whatever order.
+
+    Read from what `write_dataset` kept, without looking at the records; of a dataset that lacks it,
+    made from all records. Raises `UserError` as `open_dataset` does.
+    """
+    known = read_seal(Path(folder)).get("records")
+    if known:
+        return str(known)
+    digest = RecordDigest()
+    for split, size in split_sizes(folder).items():
+        records = open_dataset(folder, split) if size else ()
+        for _ in digest.of(split, (records[i] for i in range(size))):
+            pass
+    return digest.hexdigest()
 
 
 def record_order(ids: Sequence[str], split: str) -> list[int]:
@@ -182,14 +224,6 @@ def checked_codes(codes) -> np.ndarray:
     raise ValueError(f"codes from {low} to {high}, outside 0..{NUM_CODES - 1}")
 
 
-def check_new(out: Path) -> None:
-    """Raises `UserError` where a dataset must not be written: over a file, or into a folder that
-    holds something.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: already exists; give another folder, or delete it first.")
-
-
 class Records:
     """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a
     uint16 array. Picklable.
@@ -226,8 +260,8 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
     lacks one of its files.
     """
     folder = Path(folder)
-    read_metadata(folder)
-    info = tfds.builder_from_directory(folder).info
+    builder = _builder(folder)
+    info = builder.info
     if split not in info.splits:
         raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(info.splits))}.")
     missing = [str(path) for path in info.splits[split].filepaths if not Path(path).is_file()]
@@ -241,18 +275,12 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
             f"{folder}: the split {split!r} is empty; leave it out of the settings, or make the"
             " dataset again."
         )
-    return Records(
-        tfds.builder_from_directory(folder).as_data_source(split), f"{folder}, split {split!r}"
-    )
+    return Records(builder.as_data_source(split), f"{folder}, split {split!r}")
 
 
 def split_sizes(folder: str | os.PathLike) -> dict[str, int]:
     """How many records each split has. Raises `UserError` if the folder is no such dataset."""
-    read_metadata(folder)
-    return {
-        name: split.num_examples
-        for name, split in tfds.builder_from_directory(folder).info.splits.items()
-    }
+    return {name: s.num_examples for name, s in _builder(Path(folder)).info.splits.items()}
 
 
 def read_metadata(folder: str | os.PathLike) -> dict:
@@ -260,23 +288,44 @@ def read_metadata(folder: str | os.PathLike) -> dict:
     dataset.
     """
     folder = Path(folder)
+    described = {}
     for name in ("dataset_info.json", "features.json", "metadata.json"):
-        if not (folder / name).is_file():
+        try:
+            described[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{folder}: no dataset of codes, it has no {name}; make one with `llasa-jax"
                 " encode`."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder / name}: cannot be read ({error.strerror}); see that you may read it."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{folder}: damaged, its {name} is not JSON ({first_line(error)}); copy the whole"
+                " folder again."
+            ) from error
+        if not isinstance(described[name], dict):
+            raise UserError(
+                f"{folder}: damaged, its {name} holds no JSON object; copy the whole folder again."
             )
-    try:
-        name = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get("name")
-        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{folder}: damaged, one of its .json files is not JSON ({error}); copy the whole"
-            " folder again."
-        ) from error
+    name = described["dataset_info.json"].get("name")
     if name != LlasaSpeech.name:
         raise UserError(
             f"{folder}: a TFDS dataset named {name!r}, not {LlasaSpeech.name!r}; make one with"
             " `llasa-jax encode`."
         )
-    return metadata
+    return described["metadata.json"]
+
+
+def _builder(folder: Path):
+    """TFDS's builder of a dataset's folder. Raises `UserError` where that is none, or damaged."""
+    read_metadata(folder)
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # noqa: BLE001 of whatever is wrong in its files
+        raise UserError(
+            f"{folder}: damaged, TFDS cannot open it ({first_line(error)}); copy the whole folder"
+            " again."
+        ) from error

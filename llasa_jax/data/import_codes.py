@@ -3,17 +3,21 @@ transcripts, as a dataset.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from llasa_jax.data.bad_list import reason_of
 from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_import
-from llasa_jax.data.manifest import Clip, assign_splits, read_transcripts
+from llasa_jax.data.manifest import Clip, assign_splits, file_key, read_transcripts
+from llasa_jax.data.seal import identity
 from llasa_jax.errors import UserError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+MAX_BYTES = 2**27  # of a clip's file of codes: 90 hours even as int64
 
 
 def import_codes(
@@ -76,19 +80,48 @@ def import_codes(
         split: rows(members, unspoken if split == first else [])
         for split, members in splits.items()
     }
-    return write_import(folder, out, streams, codec_name, max_bad_share)
+    made_from = identity(
+        "import-codes",
+        (codec_name, code_offset, validation_share, seed),
+        (dataclasses.replace(clip, audio=Path()) for clip in clips),
+        ((path.relative_to(folder).as_posix(), *file_key(path)[1:]) for path in paths),
+    )
+    return write_import(folder, out, streams, codec_name, max_bad_share, made_from)
 
 
 def _row(clip: Clip, path: Path | None, code_offset: int) -> dict | Noted:
     if path is None:
         return Noted(clip.id, "no codes: no .npy file of that name")
     try:
-        codes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        return Noted(clip.id, f"codes that cannot be read ({path.name}: {error})")
+        codes = _load(path)
+    except Exception as error:  # noqa: BLE001 NumPy's reader raises many kinds on damaged headers
+        return Noted(clip.id, f"codes that cannot be read ({path.name}: {reason_of(error)})")
     row = dataclasses.asdict(clip)
     del row["audio"], row["split"]
     return {**row, "codes": as_codes(codes, code_offset)}
+
+
+def _load(path: Path) -> np.ndarray:
+    """The array of a .npy file. ValueError where its header claims more than the file holds, for
+    NumPy would take the memory before it looks, and where it is too large for the codes of a clip.
+    """
+    if not path.is_file():
+        raise ValueError("not a regular file")  # a FIFO would be waited for without end
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read_header(file)
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > size - file.tell():
+            raise ValueError(f"its header claims {claimed} bytes, but it has {size}")
+    if size > MAX_BYTES:
+        raise ValueError(f"{size} bytes, too many for the codes of a clip")
+    return np.load(path, allow_pickle=False)
 
 
 def as_codes(codes, offset: int) -> np.ndarray:

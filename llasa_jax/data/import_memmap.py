@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_import
+from llasa_jax.data.manifest import file_key
+from llasa_jax.data.seal import identity
 from llasa_jax.errors import UserError
 from llasa_jax.speech.vocab import (
     SPEECH_GENERATION,
@@ -71,7 +73,13 @@ def import_memmap(
                 " files were made with."
             )
         splits[SPLIT_NAMES.get(split, split)] = _utterances(split, rows, tokenizer, vocab, keep_cut)
-    return write_import(folder, out, splits, codec_name, max_bad_share)
+    made_from = identity(
+        "import-memmap",
+        (codec_name, keep_cut),
+        sorted(tokenizer.get_vocab().items()),
+        ((path.name, *file_key(path)[1:]) for path in files),
+    )
+    return write_import(folder, out, splits, codec_name, max_bad_share, made_from)
 
 
 def _open(path: Path) -> np.memmap:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llasa_jax.data.builder import TEXTS, Records, open_dataset
+from llasa_jax.data.builder import Records, open_dataset
+from llasa_jax.data.seal import TEXTS
 from llasa_jax.speech.prompts import Utterance
 
 

@@ -4,11 +4,14 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
+from places import FIXTURES
 
 from llasa_jax.cli import main
 from llasa_jax.data.builder import open_dataset, read_metadata
@@ -134,6 +137,66 @@ def test_bad_files_are_listed(tmp_path, folder, transcripts):
     np.testing.assert_array_equal(
         records(tmp_path / "out", "train")["clip7"]["codes"], CODES["clip7"]
     )
+
+
+def test_files_that_lie_or_hang_are_listed(tmp_path, folder, transcripts):
+    """Headers that claim terabytes, a FIFO, a folder, and a name in Latin-1."""
+    for name, shape in (("clip0", (2**40,)), ("clip1", (2**70,)), ("clip2", (2**20, 2**20))):
+        path = next(folder.rglob(f"{name}.*npy"))
+        header = {"descr": "<i4", "fortran_order": False, "shape": shape}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+    for name in ("clip3", "clip4"):
+        path = next(folder.rglob(f"{name}.*npy"))
+        path.unlink()
+        os.mkfifo(path) if name == "clip3" else path.mkdir()
+    np.save(open(os.fsencode(folder) + b"/caf\xe9.npy", "wb"), [1, 2])  # noqa: SIM115
+    result = import_codes(folder, transcripts, tmp_path / "out", max_bad_share=0.5)
+    assert (result.splits, result.bad) == ({"train": 15}, 6)
+    reasons = {
+        row["id"]: row["reason"]
+        for row in map(json.loads, (tmp_path / "out.bad.jsonl").read_text().splitlines())
+    }
+    assert "claims 4398046511104 bytes" in reasons["clip0"]
+    assert all("cannot be read" in reasons[f"clip{i}"] for i in range(5))
+    assert "not a regular file" in reasons["clip3"]
+    assert reasons["caf\udce9.npy"] == "no transcript"
+
+
+def test_the_same_command_again(tmp_path, folder, transcripts, capsys):
+    arguments = ["import-codes", str(folder), str(transcripts), str(tmp_path / "out")]
+    assert main(arguments) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "done already" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    np.save(next(folder.rglob("clip7.*npy")), [1, 2, 3])
+    assert main(arguments) == 2
+    assert "made of other input or with other settings" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "metadata.txt", "out"]
+
+
+def test_killed_at_any_moment_the_same_command_ends_well(tmp_path, folder, transcripts):
+    """At many of the file operations on the dataset and what lies beside it, and at none."""
+    np.save(folder / "extra.npy", [1])
+    import_codes(folder, transcripts, tmp_path / "wanted", max_bad_share=0.5)
+    wanted, listed = records(tmp_path / "wanted", "train"), tmp_path / "wanted.bad.jsonl"
+    outs = [tmp_path / f"{calls}" / "d" for calls in (0, *range(1, 40, 3), 10_000)]
+    program = [sys.executable, FIXTURES / "killed.py", "llasa_jax.data.import_codes:import_codes"]
+    done = subprocess.run(
+        [*map(str, [*program, folder, transcripts, *outs])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    killed = done.stdout.split()
+    assert killed[0] == "9"
+    assert killed.count("9") > 8
+    assert killed[-1] == "0"
+    for out in outs:
+        import_codes(folder, transcripts, out, max_bad_share=0.5)
+        np.testing.assert_equal(records(out, "train"), wanted)
+        assert (out.parent / "d.bad.jsonl").read_text() == listed.read_text()
+        assert sorted(path.name for path in out.parent.iterdir()) == ["d", "d.bad.jsonl"]
 
 
 def test_commands_say_what_is_wrong(tmp_path, folder, transcripts, capsys):

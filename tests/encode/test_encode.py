@@ -20,8 +20,14 @@ from counting_codec import CountingCodec
 from places import SPEECH
 
 from llasa_jax.codec import load_codec
-from llasa_jax.data.builder import open_dataset, read_metadata, write_dataset
+from llasa_jax.data.builder import (
+    dataset_fingerprint,
+    open_dataset,
+    read_metadata,
+    write_dataset,
+)
 from llasa_jax.data.manifest import Clip, assign_splits, read_manifest
+from llasa_jax.data.seal import remove_dataset
 from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.encode.offline import encode
 from llasa_jax.errors import UserError
@@ -370,6 +376,62 @@ def test_what_a_killed_run_left_is_not_taken_for_the_dataset(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "d.building/llasa_speech/1.0.0")
     write_dataset(tmp_path / "d", {"train": iter([example("new")])}, {})
     assert [r["id"] for r in open_dataset(tmp_path / "d", "train")] == ["new"]
+
+
+def test_a_fingerprint_tells_datasets_apart_whatever_their_order(dataset, tmp_path):
+    def fingerprint(name, rows, test="a"):
+        splits = {"train": rows, "test": [example(test)]}
+        write_dataset(tmp_path / name, splits, {"codec": name})
+        return dataset_fingerprint(tmp_path / name)
+
+    rows = [example(str(i), [i]) for i in range(50)]
+    own = dataset_fingerprint(dataset)
+    assert fingerprint("same", rows[::-1]) == own
+    others = [
+        fingerprint("codes", [*rows[:49], example("49", [48])]),
+        fingerprint("text", [*rows[:49], {**rows[49], "text": "else"}]),
+        fingerprint("field", [*rows[:49], {**rows[49], "language": "", "description": "fr"}]),
+        fingerprint("fewer", rows[:49]),
+        fingerprint("split", rows, test="b"),
+    ]
+    assert len({own, *others}) == 6
+    shutil.copytree(dataset, tmp_path / "unsealed")
+    (tmp_path / "unsealed/seal.json").unlink()
+    assert dataset_fingerprint(tmp_path / "unsealed") == own
+    for damage in ("{", "[]", "\xff"):
+        (tmp_path / "unsealed/seal.json").write_bytes(damage.encode("latin-1"))
+        with pytest.raises(UserError, match=r"seal.json: .*copy the whole folder again"):
+            dataset_fingerprint(tmp_path / "unsealed")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"{}"])
+def test_damaged_descriptions_are_sentences(dataset, tmp_path, name, damage):
+    shutil.copytree(dataset, tmp_path / "d")
+    (tmp_path / "d" / name).write_bytes(damage)
+    if (name, damage) == ("metadata.json", b"{}"):
+        return  # it may name no codec
+    with pytest.raises(UserError, match=r"damaged|a TFDS dataset named None"):
+        open_dataset(tmp_path / "d", "train")
+
+
+def test_only_a_datasets_own_files_are_deleted(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    (tmp_path / "d/notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"is not deleted, for it holds notes.txt"):
+        remove_dataset(tmp_path / "d")
+    assert len(open_dataset(tmp_path / "d", "train")) == 50
+    (tmp_path / "d/notes.txt").unlink()
+    remove_dataset(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match=r"is not a name in UTF-8") as caught:
+        write_dataset(out, {"train": [example("a")]}, {})
+    str(caught.value).encode()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_examples_are_streamed(tmp_path):
