@@ -12,7 +12,8 @@ import warnings
 
 from llasa_jax import __version__
 from llasa_jax.cli import data, inspect, model, plan, speak, train
-from llasa_jax.errors import UserError, first_line, printable
+from llasa_jax.errors import UserError, printable
+from llasa_jax.runtime.files import explain
 from llasa_jax.runtime.leave import leave
 
 # In the order in which a voice is made, which is the order of `llasa-jax --help`.
@@ -59,8 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(128 + signal.SIGPIPE)
     except OSError as error:  # a fault of the machine, such as a full disk or a permission
-        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        _say(f"error: {place}{error.strerror or first_line(error)}")
+        _say(f"error: {explain(error)}")
         return leave(2)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where work was saved")

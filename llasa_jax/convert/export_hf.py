@@ -39,7 +39,7 @@ from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, nam
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.model.config import ModelConfig
-from llasa_jax.runtime.new_folder import new_folder
+from llasa_jax.runtime.files import new_folder
 
 WORKERS = 2  # threads, each with two pieces of a parameter in memory
 

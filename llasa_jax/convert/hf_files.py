@@ -11,6 +11,7 @@ import yaml
 
 from llasa_jax.convert.safetensors_io import INDEX
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime import files
 from llasa_jax.speech.vocab import MARKERS, SPEECH_GENERATION
 
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
@@ -48,15 +49,8 @@ def copy_small_files(source: Path, destination: Path) -> None:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. UserError where it is absent or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give the folder of a complete HF checkpoint") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
-    return content
+    fix = "download it again, and give the folder of a complete HF checkpoint"
+    return files.read_json(path, f"the checkpoint's {path.name}", fix=fix)
 
 
 def write_json(path: Path, content: dict) -> None:

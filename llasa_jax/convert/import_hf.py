@@ -31,7 +31,7 @@ from llasa_jax.convert.params_io import ParamsWriter
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast, fault, named_dtype
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.model.config import ModelConfig
-from llasa_jax.runtime.new_folder import new_folder
+from llasa_jax.runtime.files import new_folder
 from llasa_jax.speech.vocab import extend_tokenizer
 
 COMPARED_ROWS = 4096

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from llasa_jax.codec import DEFAULT_CODEC
+from llasa_jax.runtime.files import read_yaml
 from llasa_jax.speech.prompts import PromptSettings
 from llasa_jax.speech.vocab import SPEECH_GENERATION, TEXT_UNDERSTANDING
 
@@ -63,7 +64,7 @@ def _training(source: Path, step: int | None) -> list[str]:
     path = source / SETTINGS
     if step is None or not path.is_file():
         return []
-    settings = yaml.safe_load(path.read_text())
+    settings = read_yaml(path, "the run's settings")
     told = _without_folders(
         {
             group: values
@@ -99,7 +100,7 @@ def _without_folders(value):
 def _last_numbers(path: Path, step: int) -> dict[str, float]:
     """The losses and accuracies that were last written up to `step`."""
     last = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             numbers = json.loads(line)
         except ValueError:

@@ -25,11 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, first_line
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization, RopeScaling
 from llasa_jax.model.lora import join, split
 from llasa_jax.model.quantize import Quantized, quantize_stack
 from llasa_jax.model.sharding import abstract_params
+from llasa_jax.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,11 +63,17 @@ def read_description(folder: Path) -> tuple[ModelConfig, dict]:
             f"{folder} holds no model, it has no {MODEL_FILE}; make one with `llasa-jax import-hf"
             f" HF_FOLDER {folder}`"
         )
-    description = json.loads(path.read_text())
-    config = description["config"]
-    if config["rope_scaling"] is not None:
-        config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
-    return ModelConfig(**config), description["source"]
+    description = read_json(path, "the model's description", fix="import the model again")
+    try:
+        config = description["config"]
+        if config["rope_scaling"] is not None:
+            config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
+        return ModelConfig(**config), dict(description["source"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: the model's description is damaged ({type(error).__name__}:"
+            f" {first_line(error)}); import the model again"
+        ) from error
 
 
 def copy_description(source: Path, destination: Path) -> None:
@@ -91,10 +98,9 @@ def saved_steps(folder: Path) -> list[int]:
 def read_about(folder: Path, step: int) -> dict:
     """What a run noted beside a checkpoint; nothing if that is damaged."""
     try:
-        about = json.loads((folder / CHECKPOINTS / str(step) / ABOUT / "metadata").read_text())
-    except (OSError, ValueError):
+        return read_json(folder / CHECKPOINTS / str(step) / ABOUT / "metadata", "the note")
+    except UserError:
         return {}
-    return about if isinstance(about, dict) else {}
 
 
 def adapters_of(source: dict) -> tuple[AdapterConfig | None, Path | None]:

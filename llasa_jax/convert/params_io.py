@@ -19,6 +19,7 @@ from llasa_jax.convert.direct_file import DirectFile
 from llasa_jax.convert.names import our_axes, our_shapes
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.model.config import ModelConfig
+from llasa_jax.runtime.files import read_json
 
 D_CHUNKS = 8  # the devices of one host: the usual size of the `fsdp` axis, which D is split over
 PIECE_BYTES = 16 << 20  # of a table, read or written at a time
@@ -140,7 +141,9 @@ class ParamsReader:
                 f"{where} is no Orbax checkpoint ({metadata.name} is missing); it is not whole, or"
                 " no checkpoint of ours"
             )
-        layout = json.loads(metadata.read_text())
+        layout = read_json(metadata, "the checkpoint's layout", fix="use another checkpoint")
+        if not {"use_ocdbt", "use_zarr3"} <= layout.keys():
+            raise UserError(f"{metadata} is damaged; use another checkpoint")
         self._arrays = {}
         for path, shape in our_shapes(config).items():
             kvstore = {"driver": "file", "path": f"{self.where}/{path}/"}

@@ -17,6 +17,7 @@ import numpy as np
 
 from llasa_jax.convert.direct_file import ALIGNMENT, DirectFile
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.files import read_json
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -80,7 +81,8 @@ class SafetensorsFolder:
                 self._refuse()
             return {}
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            content = read_json(index, "the checkpoint's index", fix="download it again")
+            weight_map = content["weight_map"]
             absent = sorted(
                 {file for file in weight_map.values() if not (self.folder / file).is_file()}
             )

@@ -6,7 +6,6 @@ array (frames,)). metadata.json says which codec made the codes, seal.json which
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
 from llasa_jax.data.seal import SEAL, TEXTS, RecordDigest, check_new, read_seal
 from llasa_jax.errors import UserError, first_line
-from llasa_jax.runtime.new_folder import new_folder
+from llasa_jax.runtime.files import new_folder, read_json
 from llasa_jax.speech.vocab import NUM_CODES
 
 RECORDS_A_FILE = 8_000
@@ -290,26 +289,14 @@ def read_metadata(folder: str | os.PathLike) -> dict:
     folder = Path(folder)
     described = {}
     for name in ("dataset_info.json", "features.json", "metadata.json"):
-        try:
-            described[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        if not (folder / name).is_file():
             raise UserError(
                 f"{folder}: no dataset of codes, it has no {name}; make one with `llasa-jax"
                 " encode`."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{folder / name}: cannot be read ({error.strerror}); see that you may read it."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{folder}: damaged, its {name} is not JSON ({first_line(error)}); copy the whole"
-                " folder again."
-            ) from error
-        if not isinstance(described[name], dict):
-            raise UserError(
-                f"{folder}: damaged, its {name} holds no JSON object; copy the whole folder again."
             )
+        described[name] = read_json(
+            folder / name, "the dataset's description", fix="copy the whole folder again."
+        )
     name = described["dataset_info.json"].get("name")
     if name != LlasaSpeech.name:
         raise UserError(

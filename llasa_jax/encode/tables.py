@@ -3,7 +3,6 @@ online training.
 """
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from llasa_jax.data.manifest import Clip, assign_splits, file_key
 from llasa_jax.encode.hf_dataset import load_splits, row_id, row_texts
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.files import read_json
 from llasa_jax.speech.audio import as_codec_wave, audio_samples, read_audio, resampled_length
 from llasa_jax.speech.prompts import Utterance
 
@@ -344,7 +344,7 @@ def _read_features(folder: str | os.PathLike) -> tuple[dict, dict[str, int]]:
     """The features of features.json with audio as plain arrays or bytes, and each audio column's
     sample rate (0 if unknown).
     """
-    described = json.loads((Path(folder) / "features.json").read_text(encoding="utf-8"))
+    described = read_json(Path(folder) / "features.json", "the TFDS dataset's features")
     audio = {}
     for column, feature in described.get("featuresDict", {}).get("features", {}).items():
         if not feature["pythonClassName"].endswith(".audio_feature.Audio"):

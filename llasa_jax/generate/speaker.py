@@ -32,6 +32,7 @@ from llasa_jax.generate.sampling import SamplingSettings, draw, process
 from llasa_jax.model.llama import Cache, Llama
 from llasa_jax.model.lora import Adapter, join, place, side_by_side
 from llasa_jax.model.sharding import abstract_params, make_mesh
+from llasa_jax.runtime.files import new_file
 from llasa_jax.speech.audio import read_audio, write_audio
 from llasa_jax.speech.prompts import Prompter, PromptSettings
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
@@ -336,12 +337,8 @@ def _write(out: Path, result: Generated, heard: np.ndarray, voice: Codec, took: 
 
     # Decoded with the prompt, so that the first new codes sound as they do in context.
     spoken = voice.decode(np.concatenate([heard, result.codes]))[len(heard) * voice.hop :]
-    partial_out = out.with_name(f".{out.stem}.partial{out.suffix}")
-    try:
+    with new_file(out) as partial_out:
         write_audio(partial_out, spoken, voice.sample_rate)
-        partial_out.replace(out)
-    finally:
-        partial_out.unlink(missing_ok=True)
     ending = (
         "stopped by itself"
         if result.stopped

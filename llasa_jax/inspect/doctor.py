@@ -5,7 +5,6 @@ Each check returns findings; `ok` ones say what was looked at, so that silence i
 health.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
 from llasa_jax.inspect.scan import Scan, repeated_codes, scan, suspicious_pace
+from llasa_jax.runtime.files import read_json
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.speech.vocab import NUM_CODES, SpeechVocab
 from llasa_jax.train.settings import Settings
@@ -169,7 +169,7 @@ def check_tokenizer(model: Path, tokenizer: "PreTrainedTokenizerBase") -> list[F
             )
         ]
     path = model / model_folder.HF_FOLDER / "config.json"
-    hf = json.loads(path.read_text()) if path.is_file() else {}
+    hf = read_json(path, "the model's HF config") if path.is_file() else {}
     ends = hf.get("eos_token_id") or []
     for name, wanted in {
         "bos_token_id": [hf.get("bos_token_id")],

@@ -26,7 +26,7 @@ from llasa_jax.convert.model_folder import (
 )
 from llasa_jax.errors import UserError
 from llasa_jax.runtime import hosts
-from llasa_jax.train.run_folder import is_full
+from llasa_jax.runtime.files import is_full
 
 OPTIMIZER, DATA = "optimizer", "data"
 DAMAGED = "damaged"

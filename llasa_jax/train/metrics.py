@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from llasa_jax.errors import UserError
-from llasa_jax.train.run_folder import write_whole
+from llasa_jax.runtime.files import write_whole
 from llasa_jax.train.settings import LogSettings
 
 
@@ -31,7 +31,11 @@ class Metrics:
             return  # the first host writes for all
         path = run / "metrics.jsonl"
         kept = (
-            [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+            [
+                line
+                for line in path.read_text(errors="replace").splitlines()
+                if _step_of(line) <= last_step
+            ]
             if path.is_file()
             else []
         )

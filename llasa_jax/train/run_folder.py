@@ -3,8 +3,6 @@ made.
 """
 
 import dataclasses
-import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 from llasa_jax.convert import model_folder
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import AdapterConfig
-from llasa_jax.runtime.locks import take_lock
+from llasa_jax.runtime.files import explain, is_partial, read_yaml, take_lock, write_whole
 from llasa_jax.train.settings import Settings
 
 SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
@@ -91,33 +89,14 @@ def claimed(
             model_folder.write_description(run, config, origin | kept)
             yield
     except OSError as error:
-        if not is_full(error):
-            raise
-        raise UserError(
-            f"the disk of {run} is full; make room and give the same command again, which goes on"
-            " where work was saved"
-        ) from error
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error or its cause is a full disk. TensorStore reports one only as text."""
-    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
-    )
-    return known or any(is_full(cause) for cause in (error.__cause__, error.__context__) if cause)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that whoever is killed meanwhile leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+        raise UserError(explain(error, run)) from error
 
 
 def _check(run: Path, wanted: dict) -> None:
     path = run / SETTINGS_FILE
     if path.is_file():
-        before = _flat(yaml.safe_load(path.read_text()))
+        fix = "choose another out folder, or restore the file from a copy"
+        before = _flat(read_yaml(path, "the run's settings", fix=fix))
         changed = [
             key
             for key, value in _flat(wanted).items()
@@ -129,10 +108,9 @@ def _check(run: Path, wanted: dict) -> None:
                 f" ({', '.join(f'{key} was {before.get(key)}' for key in changed)}); set them back"
                 " to go on, or choose another out folder"
             )
-    elif run.is_dir() and {entry.name for entry in run.iterdir()} - {
-        LOCK_FILE,
-        SETTINGS_FILE + ".partial",
-    }:
+    elif run.is_dir() and any(
+        entry.name != LOCK_FILE and not is_partial(entry) for entry in run.iterdir()
+    ):
         raise UserError(
             f"{run} already holds something that is no training run; choose another out folder"
         )

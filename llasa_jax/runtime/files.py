@@ -1,0 +1,361 @@
+"""Files and folders: read with one guard, written whole or not at all, locked, and the errors of
+the system in sentences that say how to fix them.
+"""
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llasa_jax.errors import UserError, first_line, printable
+
+MiB = 1 << 20
+DOWNLOAD_AGAIN = "copy it again from its source"
+FULL = errno.ENOSPC, errno.EDQUOT
+# What PyYAML raises for a scalar that does not fit its tag, such as `!!bool 5` or `!!int ''`.
+PYYAML_ERRORS = ValueError, ArithmeticError, LookupError, TypeError, AttributeError
+# What OSErrors mean to a user: `{path}` is the file that the error names.
+EXPLANATIONS = {
+    errno.ENOSPC: "the disk of {path} is full; make room and give the same command again",
+    errno.EDQUOT: "the disk quota of {path} is used up; make room and give the same command again",
+    errno.EROFS: "{path} is on a read-only file system; choose a folder that you may write to",
+    errno.EACCES: "{path}: permission denied; ask its owner for access, or choose another path",
+    errno.EPERM: "{path}: operation not permitted; ask its owner for access, or choose another"
+    " path",
+    errno.EMFILE: "{path}: too many open files; raise the limit (`ulimit -n 4096`) and try again",
+    errno.ENFILE: "{path}: the system has too many open files; close other programs and try again",
+    errno.ENAMETOOLONG: "{path}: the name is too long; choose a shorter one",
+    errno.ENOENT: "{path} does not exist; check the path",
+    errno.EEXIST: "{path} exists already; remove it, or choose another path",
+    errno.ENOTEMPTY: "{path} is not empty; remove what it holds, or choose another path",
+    errno.EISDIR: "{path} is a folder, not a file; name a file",
+    errno.ENOTDIR: "{path}: a part of this path is a file, not a folder; check the path",
+    errno.ELOOP: "{path}: its symbolic links lead in a circle; remove one of them",
+    errno.EIO: "{path}: input/output error; check the disk or network, and give the same command"
+    " again",
+    errno.ESTALE: "{path}: the network file system has lost it; give the same command again",
+    errno.ETIMEDOUT: "{path}: the network file system does not answer; give the same command again",
+    errno.EFBIG: "{path}: larger than the file-size limit; raise the limit (`ulimit -f unlimited`)",
+    errno.ENOMEM: "{path}: not enough memory; close other programs, or use a larger machine",
+    errno.EBUSY: "{path} is in use by another program; close it and try again",
+    errno.EXDEV: "{path}: cannot be moved to another disk; choose a path on the same disk",
+}
+
+
+def explain(error: BaseException, path: str | os.PathLike | None = None) -> str | None:
+    """A sentence for an error of the system, with the fix; None for an error that is not one.
+
+    `path` is named where the error names no file. TensorStore and SQLite report a full disk only
+    in their text, and others raise an OSError as the cause of an error of their own.
+    """
+    if is_full(error):
+        number = errno.ENOSPC
+    elif isinstance(error, OSError):
+        number = error.errno
+    else:
+        return None
+    name = getattr(error, "filename", None)
+    name = os.fsdecode(name) if isinstance(name, str | bytes) else path
+    where = shortened(os.fspath(name)) if name is not None else "the file"
+    if number not in EXPLANATIONS:
+        return f"{where}: {first_line(error)}; check the path and the disk"
+    return EXPLANATIONS[number].format(path=where)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error or its cause is a full disk or quota. TensorStore and SQLite report it only
+    in their text.
+    """
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    texts = (*map(os.strerror, FULL), "database or disk is full")
+    return any(
+        getattr(each, "errno", None) in FULL or any(text in str(each) for text in texts)
+        for each in chain
+    )
+
+
+def shortened(path: str, most: int = 200) -> str:
+    """A path to print: control characters escaped, and the middle of a very long one left out."""
+    path, half = printable(path), most // 2
+    return path if len(path) <= most else f"{path[:half]}...{path[-half:]}"
+
+
+# Reading
+
+
+def read_text(
+    path: str | os.PathLike, what: str, *, fix: str = DOWNLOAD_AGAIN, limit: int = 64 * MiB
+) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark.
+
+    `what` says what the file is ("the recipe"), `fix` what the user should do where it is damaged.
+    UserError, naming the file, where it is missing, not a regular file (a FIFO would block), larger
+    than `limit` bytes, unreadable, or not UTF-8.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise UserError(f"{shortened(os.fspath(path))}: {what} {reason}; {fix}")
+
+    if "\0" in os.fspath(path):
+        refuse("has a NUL byte in its path")
+    try:
+        # Without O_NONBLOCK, opening a FIFO that nobody writes to waits for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+                refuse(f"is {kind}, not a file")
+            if status.st_size > limit:
+                refuse(f"is {status.st_size:,} bytes large, more than {limit:,}")
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(limit)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        refuse("is missing")
+    except OSError as error:
+        raise UserError(explain(error, path)) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{shortened(os.fspath(path))}: {what} is not UTF-8 text (byte {error.start});"
+            f" save it as UTF-8, or {fix}"
+        ) from None
+
+
+def read_json(
+    path: str | os.PathLike,
+    what: str,
+    kind: type = dict,
+    *,
+    fix: str = DOWNLOAD_AGAIN,
+    limit: int = 64 * MiB,
+) -> Any:
+    """The content of a JSON file, an object or another `kind`. UserError as for `read_text`, and
+    where it is damaged, nested too deep, of another kind, or has numbers that are not finite.
+    """
+    text = read_text(path, what, fix=fix, limit=limit)
+    return parse_json(text, f"{shortened(os.fspath(path))}: {what}", kind, fix=fix)
+
+
+def parse_json(text: str, name: str, kind: type = dict, *, fix: str = DOWNLOAD_AGAIN) -> Any:
+    """The content of a JSON text, such as a line of a JSONL file; `name` says in errors where it
+    stands. UserError as for `read_json`.
+    """
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if value - value != 0:
+            raise ValueError(f"the number {number[:40]} is not finite")
+        return value
+
+    try:
+        content = json.loads(text, parse_float=finite, parse_constant=finite)
+        if "\\ud" in text.lower():
+            # Half a surrogate pair can be read, but neither written nor printed.
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise UserError(f"{name} is nested too deep; {fix}") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not valid JSON ({first_line(error)}); {fix}") from None
+    return _checked(content, name, kind, "JSON", fix)
+
+
+def read_yaml(
+    path: str | os.PathLike,
+    what: str,
+    kind: type = dict,
+    *,
+    fix: str = DOWNLOAD_AGAIN,
+    limit: int = 4 * MiB,
+) -> Any:
+    """The content of a YAML file, a mapping or another `kind`; an empty file is an empty mapping.
+    UserError as for `read_text`, and where it is damaged, nested too deep, of another kind, or
+    expands to more than 100,000 values by its aliases.
+    """
+    import yaml  # only for those who read YAML: `--help` answers at once
+
+    name = f"{shortened(os.fspath(path))}: {what}"
+    text = read_text(path, what, fix=fix, limit=limit)
+    try:
+        content = yaml.safe_load(text)
+        _check_expansion(content)
+    except RecursionError:
+        raise UserError(f"{name} is nested too deep; {fix}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" in line {mark.line + 1}" if mark else ""
+        reason = error.problem or error.context or "syntax"
+        raise UserError(f"{name} is not valid YAML ({reason}{line}); {fix}") from None
+    except (yaml.YAMLError, *PYYAML_ERRORS) as error:
+        raise UserError(f"{name} is not valid YAML ({first_line(error)}); {fix}") from None
+    return _checked(kind() if content is None else content, name, kind, "YAML", fix)
+
+
+def _checked(content: Any, name: str, kind: type, form: str, fix: str) -> Any:
+    if isinstance(content, kind):
+        return content
+    names = {dict: "an object of names and values", list: "a list", str: "a string"}
+    raise UserError(f"{name} is not {names.get(kind, kind.__name__)} in {form}; {fix}")
+
+
+def _check_expansion(content: Any, most: int = 100_000) -> None:
+    """ValueError where a tree has too many nodes, each counted as often as an alias repeats it."""
+    nodes, seen = [content], 0
+    while nodes:
+        node = nodes.pop()
+        seen += 1
+        if seen > most:
+            raise ValueError(f"its aliases expand to more than {most:,} values")
+        if isinstance(node, str):
+            node.encode()  # half a surrogate pair: UnicodeEncodeError, which is a ValueError
+        elif isinstance(node, dict):
+            nodes += [*node.keys(), *node.values()]
+        elif isinstance(node, list | tuple | set):
+            nodes += node
+
+
+# Locks
+
+
+def take_lock(file) -> bool | None:
+    """Locks an open file or folder (an object with `fileno`, or a descriptor) until it is closed,
+    without waiting. The kernel drops the lock when the holder ends, however it ends.
+
+    True if it is ours now, False where another process has it, None where its file system has no
+    locks, as some network ones have not. OSError where the disk is full.
+    """
+    from filelock import lock_descriptor  # only for those who write: `--help` answers at once
+
+    try:
+        return lock_descriptor(file if isinstance(file, int) else file.fileno(), blocking=False)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        return None
+
+
+# Writing
+
+
+@contextmanager
+def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
+    """Gives a hidden folder beside `destination` to fill, and renames it at the end; on any failure
+    it is removed.
+
+    A folder that a killed process left there is removed too: nobody holds its lock any more.
+    `needs` is how many bytes will be written. UserError where `destination` exists and holds
+    something, and where the disk is or will be full.
+    """
+    destination = Path(destination).absolute()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise _exists(destination)
+    parent = destination.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with _partial(destination, folder=True) as partial:
+            free = shutil.disk_usage(partial).free
+            if free < needs:
+                raise UserError(
+                    f"{parent} has {free / 1e9:.1f} GB free and {needs / 1e9:.1f} GB are needed;"
+                    " make room or choose another disk"
+                )
+            yield partial
+            # Over an empty folder this succeeds; where somebody filled it meanwhile, it does not.
+            partial.rename(destination)
+    except OSError as error:
+        if error.errno in FULL:
+            raise UserError(
+                f"the disk of {parent} is full, and nothing was left under {destination}; make room"
+                " and start again"
+            ) from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _exists(destination) from error
+        raise UserError(explain(error, destination)) from error
+
+
+@contextmanager
+def new_file(destination: Path) -> Iterator[Path]:
+    """Gives the path of a hidden, empty file beside `destination`, with the same suffix, to fill;
+    at the end it takes the place of `destination`. On any failure it is removed.
+
+    OSError where it cannot be made or renamed.
+    """
+    destination = Path(destination)
+    with _partial(destination, folder=False) as partial:
+        yield partial
+        partial.replace(destination)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a process that is killed meanwhile leaves the old one or the new one.
+    Text is UTF-8. OSError where it cannot be written.
+    """
+    with new_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a path is one of those that `new_folder` and `new_file` fill."""
+    return path.name.startswith(".") and ".partial" in path.suffixes
+
+
+@contextmanager
+def _partial(destination: Path, folder: bool) -> Iterator[Path]:
+    """A locked, empty file or folder beside `destination`, removed at the end if still there."""
+    prefix = f".{destination.name if folder else destination.stem}."
+    suffix = ".partial" if folder else f".partial{destination.suffix}"
+    _remove_abandoned(destination.parent, prefix, suffix)
+    partial = destination.with_name(f"{prefix}{os.getpid()}{suffix}")
+    if folder:
+        partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY)
+    else:
+        # The lock's file may be opened again by its path: locks belong to an open descriptor.
+        lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        take_lock(lock)
+        yield partial
+    finally:
+        _remove(partial)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path, prefix: str, suffix: str) -> None:
+    # No glob: names may hold its special characters.
+    for entry in parent.iterdir():
+        number = entry.name.removeprefix(prefix).removesuffix(suffix)
+        if entry.name != f"{prefix}{number}{suffix}" or not number.isdigit():
+            continue
+        try:
+            lock = os.open(entry, os.O_RDONLY)
+        except OSError:
+            continue  # its owner has just renamed it, or may keep it from us
+        # Not where there are no locks (None): nobody knows whether it is being filled.
+        if take_lock(lock):
+            _remove(entry)
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exists(destination: Path) -> UserError:
+    return UserError(
+        f"{destination} already exists and is not empty; choose a new folder or remove it"
+    )
