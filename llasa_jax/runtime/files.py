@@ -168,7 +168,7 @@ def parse_json(text: str, name: str, kind: type = dict, *, fix: str = DOWNLOAD_A
     except RecursionError:
         raise UserError(f"{name} is nested too deep; {fix}") from None
     except ValueError as error:
-        raise UserError(f"{name} is not valid JSON ({first_line(error)}); {fix}") from None
+        raise UserError(f"{name} is damaged, not valid JSON ({first_line(error)}); {fix}") from None
     return _checked(content, name, kind, "JSON", fix)
 
 

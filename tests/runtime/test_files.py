@@ -182,5 +182,5 @@ def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path):
 
 
 def test_a_line_is_named():
-    with pytest.raises(UserError, match=r"^m\.jsonl, line 3 is not valid JSON"):
+    with pytest.raises(UserError, match=r"^m\.jsonl, line 3 is damaged, not valid JSON"):
         parse_json("{", "m.jsonl, line 3")
