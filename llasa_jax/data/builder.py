@@ -6,6 +6,7 @@ array (frames,)). metadata.json says which codec made the codes, seal.json which
 
 import contextlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
