@@ -21,7 +21,7 @@ def doctor(args) -> int:
         sample=args.sample,
     )
     if args.json:
-        print(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         print(*findings, sep="\n")
     return int(any(finding.severity == "bad" for finding in findings))

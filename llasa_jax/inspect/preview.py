@@ -19,6 +19,7 @@ from llasa_jax.encode.online import encoded, to_encode
 from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.encode.planned import PlannedClips
 from llasa_jax.encode.settings import OnlineSettings
+from llasa_jax.errors import printable
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.settings import Settings
@@ -54,39 +55,35 @@ def preview(
     coloured = out.isatty() and not os.environ.get("NO_COLOR")
     draws = (order[draw] for draw in range(min(count, draws_per_epoch(sources))))
     # A bad clip is None; a warning has named it.
-    planned = (Planned(*draw, to_example(*draw)) for draw in draws if draw and draw[1] is not None)
-    for one, codes in _with_codes(planned, settings.data.online, records, codec):
-        source, record = one.source, one.record
-        example = encoded(one, sources, codes).example
-        if one.example is None:
+    planned = (
+        Planned(draw[0], draw[1], to_example(draw[0], draw[1]))
+        for draw in draws
+        if draw and draw[1] is not None
+    )
+    for plan, codes in _with_codes(planned, settings.data.online, records, codec):
+        source = sources[plan.source]
+        example = encoded(plan, sources, codes).example
+        if plan.example is None:
             print(
-                f"{record.id}: longer than data.max_length={settings.data.max_length}, left out",
+                f"{printable(plan.record.id)}: longer than"
+                f" data.max_length={settings.data.max_length}, left out",
                 file=sys.stderr if as_json else out,
             )
         elif example is None:
             continue  # it turned out bad when it was read; a warning has named it
         elif as_json:
-            labels = np.where(example.loss, example.tokens, -100)
-            print(
-                json.dumps(
-                    {
-                        "id": record.id,
-                        "input_ids": example.tokens.tolist(),
-                        "labels": labels.tolist(),
-                    }
-                ),
-                file=out,
-            )
+            labels = np.where(example.loss, example.tokens, -100).tolist()
+            ids = example.tokens.tolist()
+            line = {"id": plan.record.id, "input_ids": ids, "labels": labels}
+            print(json.dumps(line), file=out)
         else:
-            task, path = sources[source].prompter.settings.task, settings.sources[source].path
+            task, path = source.prompter.settings.task, settings.sources[plan.source].path
             print(
-                f"== {record.id}  {task} from {path}: {len(example.tokens)} tokens,"
-                f" {example.loss.sum()} with loss",
+                printable(f"== {plan.record.id}  {task} from {path}: ")
+                + f"{len(example.tokens)} tokens, {example.loss.sum()} with loss",
                 file=out,
             )
-            for text, learned in _pieces(
-                example.tokens, example.loss, sources[source].prompter, tokenizer
-            ):
+            for text, learned in _pieces(example.tokens, example.loss, source.prompter, tokenizer):
                 print(f"{LEARNED}{text}{PLAIN}" if learned and coloured else text, end="", file=out)
             print("\n", file=out)
 
@@ -120,9 +117,5 @@ def _pieces(
             )
             text = f"{first} ... {left_out} more ... {last}"
         else:
-            # A record's text must not steer the terminal.
-            text = "".join(
-                c if c.isprintable() or c == "\n" else repr(c)[1:-1]
-                for c in tokenizer.decode(tokens[run])
-            )
+            text = printable(tokenizer.decode(tokens[run]), keep="\n")
         yield text, bool(loss[run[0]])

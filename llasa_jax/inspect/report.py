@@ -1,30 +1,53 @@
-"""One self-contained HTML page on a dataset, to look at before training on it."""
+"""One self-contained HTML page on a dataset, to look at before training on it.
 
-import json
+The page is `report.html.jinja` with `report.css`; its pictures are in `pictures.py`.
+"""
+
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from llasa_jax.data.batching import BatchShape, Source, batches
 from llasa_jax.data.builder import read_metadata, split_sizes
 from llasa_jax.data.records import open_utterances
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, first_line
 from llasa_jax.inspect import pictures
-from llasa_jax.inspect.doctor import THOROUGH, check_scans
+from llasa_jax.inspect.doctor import THOROUGH
 from llasa_jax.inspect.pictures import number, span
-from llasa_jax.inspect.scan import Scan, repeated_codes, scan, suspicious_pace
+from llasa_jax.inspect.record_checks import check_scans
+from llasa_jax.inspect.scan import Scan, check_sample, repeated_codes, scan, suspicious_pace
+from llasa_jax.runtime.files import parse_json, read_text, write_whole
 from llasa_jax.speech.prompts import Prompter, Utterance
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES
 
 ROWS_DRAWN, ROWS_MEASURED = 24, 192
 MOST_BARS, MOST_LISTED, MOST_DOTS = 15, 12, 300
+MAX_LENGTH = 1_000_000  # tokens per row: rows beyond it would need gigabytes
+BATCH_TOKENS = 2**21  # in a batch while packing is measured
 
-STYLE = Path(__file__).with_name("report.css").read_text()
+
+@dataclass(frozen=True)
+class Card:
+    """A section of the page: a heading, a sentence, and a picture or a table.
+
+    `numeric` are the columns of the table that are aligned as numbers; `wide` takes both columns
+    of the page. Texts are escaped by the template, pictures are markup.
+    """
+
+    title: str
+    about: str
+    picture: Markup = Markup()
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    numeric: Sequence[int] = ()
+    wide: bool = False
 
 
 def report(
@@ -34,13 +57,19 @@ def report(
     max_length: int = 2048,
     sample: int = THOROUGH,
 ) -> Path:
-    """Writes a page on all splits of the dataset in `folder` to `out`, and returns that.
+    """Writes a page on all splits of the dataset in `folder` to the file `out`, and returns that.
 
     Looks at no more than `sample` records of a split; hours and clips are those of all. Lengths in
     tokens, and how well they pack into rows of `max_length`, need a `prompter`. Raises UserError if
-    the folder is no whole dataset.
+    the folder is no whole dataset, or the page cannot be written.
     """
-    folder, out = Path(os.path.abspath(folder)), Path(out)
+    check_sample(sample)
+    if not 1 <= max_length <= MAX_LENGTH:
+        raise UserError(
+            f"the row length is {max_length} tokens; give 1 to {MAX_LENGTH:,} (--max-length)"
+        )
+    folder = Path(os.path.abspath(folder))
+    _check_writable(os.fspath(out))
     metadata = read_metadata(folder)
     records = {
         split: open_utterances(folder, split) for split, size in split_sizes(folder).items() if size
@@ -55,11 +84,10 @@ def report(
         _by(scans, "speakers", "Hours by speaker", "no speaker named"),
         _by(scans, "languages", "Hours by language", "no language named"),
         *_lengths(scans, max_length),
-        *(
-            []
-            if prompter is None
-            else [_packing(next(iter(records.values())), prompter, max_length)]
-        ),
+    ]
+    if prompter is not None:
+        cards.append(_packing(next(iter(records.values())), prompter, max_length))
+    cards += [
         *_pairs(records, scans),
         *_codes(scans),
         _repeats(scans),
@@ -67,283 +95,235 @@ def report(
     ]
     about = [f"codes of {metadata.get('codec', 'an unknown codec')}"]
     about += [
-        f"{len(one.ids):,} of {one.size:,} clips of {split} looked at"
-        for split, one in scans.items()
-        if one.is_sample
+        f"{len(part.ids):,} of {part.size:,} clips of {split} looked at"
+        for split, part in scans.items()
+        if part.is_sample
     ]
-    out.write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(folder.name)}</title><style>{STYLE}</style>"
-        f"<main><h1>{escape(folder.name)}</h1>"
-        f'<p class="under">{escape(" · ".join(about))}</p>{_tiles(scans)}'
-        f'<div class="cards">{"".join(cards)}</div></main></html>\n',
-        encoding="utf-8",
+    page = _render(name=folder.name, about=about, tiles=_tiles(scans), cards=cards)
+    try:
+        write_whole(Path(out), page.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(
+            f"{out}: the page cannot be written ({first_line(error)}); give another file as --out"
+        ) from None
+    return Path(out)
+
+
+def _check_writable(out: str) -> None:
+    """UserError where the page would find no folder, before the minutes that it takes to make."""
+    path = Path(out)
+    if not out or path.is_dir():
+        raise UserError(f"--out is {out!r}; give the name of a file, as report.html")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder for the page; make it, or change --out")
+
+
+def _render(**values) -> str:
+    room = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(room), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    return out
+    style = Markup((room / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template("report.html.jinja").render(style=style, **values)
 
 
-def _tiles(scans: dict[str, Scan]) -> str:
-    every = list(scans.values())
-    codes = np.concatenate([one.codes for one in every])
-    tiles = {
-        "of speech": span(sum(_hours(one).sum() for one in every) * 3600),
-        "clips: "
-        + ", ".join(f"{number(one.size)} {split}" for split, one in scans.items()): number(
-            sum(one.size for one in every)
-        ),
-        "speakers named": number(len({s for one in every for s in one.speakers} - {""})),
-        "languages named": number(len({s for one in every for s in one.languages} - {""})),
-        "a clip, at the median": span(float(np.median(codes)) / CODES_PER_SECOND),
-        f"of the {NUM_CODES:,} codes are used": (
-            f"{(sum(one.usage for one in every) > 0).mean():.1%}"
-        ),
+def _tiles(scans: Mapping[str, Scan]) -> dict[str, str]:
+    """What is below each of the large numbers, and the number."""
+    parts = list(scans.values())
+    codes = np.concatenate([part.codes for part in parts])
+    sizes = ", ".join(f"{number(part.size)} {split}" for split, part in scans.items())
+    return {
+        "of speech": span(sum(_hours(part).sum() for part in parts) * 3600),
+        f"clips: {sizes}": number(sum(part.size for part in parts)),
+        "speakers named": number(len({name for part in parts for name in part.speakers} - {""})),
+        "languages named": number(len({name for part in parts for name in part.languages} - {""})),
+        "is the median clip": span(float(np.median(codes)) / CODES_PER_SECOND),
+        f"of the {NUM_CODES:,} codes are used": f"{(_usage(scans) > 0).mean():.1%}",
     }
-    return (
-        '<div class="tiles">'
-        + "".join(
-            f'<div class="card tile"><b>{v}</b><span>{escape(k)}</span></div>'
-            for k, v in tiles.items()
-        )
-        + "</div>"
-    )
 
 
-def _card(title: str, about: str, body: str, wide: bool = False) -> str:
-    return (
-        f'<section class="card{" wide" if wide else ""}">'
-        f"<h2>{escape(title)}</h2><p>{about}</p>{body}</section>"
-    )
+def _usage(scans: Mapping[str, Scan]) -> np.ndarray:
+    """How often each code is used, int (65,536,)."""
+    return np.sum([part.usage for part in scans.values()], axis=0)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    def cells(tag, row):
-        return "".join(
-            f"<{tag}{' class=n' if i in numeric else ''}>{cell}</{tag}>"
-            for i, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+def _hours(part: Scan) -> np.ndarray:
+    """The hours of the split that each examined record stands for."""
+    return part.seconds / 3600 * (part.size / len(part.ids))
 
 
-def _hours(one: Scan) -> np.ndarray:
-    """Each looked-at record's share of the split's hours."""
-    return one.seconds / 3600 * (one.size / len(one.ids))
-
-
-def _health(scans: dict[str, Scan], max_length: int) -> str:
-    rows = [
-        (
-            f'<span class="chip {f.severity}">{f.severity}</span>',
-            f'<span class="check">{f.check}</span>',
-            escape(f.message),
-            escape(f.fix),
-            escape(", ".join(f.ids)),
-        )
-        for f in sorted(
-            check_scans(scans, max_length), key=lambda f: ("bad", "warn", "ok").index(f.severity)
-        )
-    ]
-    return _card(
+def _health(scans: dict[str, Scan], max_length: int) -> Card:
+    order = ("bad", "warn", "ok")
+    found = sorted(check_scans(scans, max_length), key=lambda f: order.index(f.severity))
+    return Card(
         "Health",
         "What llasa-jax doctor finds in the records alone.",
-        _table(("", "Check", "Finding", "What to do", "Clips"), rows),
-        True,
+        head=("", "Check", "Finding", "What to do", "Clips"),
+        rows=[(f.severity, f.check, f.message, f.fix, ", ".join(f.ids)) for f in found],
+        wide=True,
     )
 
 
-def _by(scans: dict[str, Scan], column: str, title: str, nameless: str) -> str:
-    hours = Counter()
-    for one in scans.values():
-        for name, mine in zip(getattr(one, column), _hours(one), strict=True):
-            hours[name or nameless] += mine
+def _by(scans: Mapping[str, Scan], column: str, title: str, nameless: str) -> Card:
+    hours: Counter[str] = Counter()
+    for part in scans.values():
+        for name, record_hours in zip(getattr(part, column), _hours(part), strict=True):
+            hours[name or nameless] += record_hours
     top = hours.most_common(MOST_BARS)
     if rest := len(hours) - len(top):
         top.append((f"{rest} more", sum(hours.values()) - sum(value for _, value in top)))
     names, values = zip(*top, strict=True)
-    about = f"{len(hours):,} in all, the largest has {values[0] / sum(values):.0%}."
-    return _card(
-        title, about, pictures.bars(names, values, [span(value * 3600) for value in values])
-    )
+    about = f"{len(hours):,} in all, the largest has {values[0] / (sum(values) or 1):.0%}."
+    labels = [span(value * 3600) for value in values]
+    return Card(title, about, Markup(pictures.bars(names, values, labels)))
 
 
-def _lengths(scans: dict[str, Scan], max_length: int) -> list[str]:
-    seconds = np.concatenate([one.seconds for one in scans.values()])
+def _lengths(scans: Mapping[str, Scan], max_length: int) -> list[Card]:
+    seconds = np.concatenate([part.seconds for part in scans.values()])
     about = (
         f"From {span(seconds.min())} to {span(seconds.max())}; {span(float(seconds.mean()))} on"
         " average."
     )
-    cards = [_card("How long clips are", about, pictures.histogram(seconds, "seconds"))]
-    if all(one.tokens is not None for one in scans.values()):
-        tokens = np.concatenate([one.tokens[one.tokens >= 0] for one in scans.values()])
+    picture = pictures.histogram(seconds, "seconds")
+    cards = [Card("How long clips are", about, Markup(picture))]
+    columns = [part.tokens for part in scans.values() if part.tokens is not None]
+    tokens = np.concatenate(columns) if columns else np.zeros(0, np.int64)
+    tokens = tokens[tokens >= 0]
+    if len(tokens):
         beyond = int((tokens > max_length).sum())
         about = (
             f"Prompt and speech; {beyond:,} of {len(tokens):,} clips do not fit a row of"
             f" {max_length:,}."
         )
-        if len(tokens):
-            cards.append(
-                _card(
-                    "How many tokens they are",
-                    about,
-                    pictures.histogram(tokens, "tokens", max_length, f"a row: {max_length:,}"),
-                )
-            )
+        picture = pictures.histogram(tokens, "tokens", max_length, f"a row: {max_length:,}")
+        cards.append(Card("How many tokens they are", about, Markup(picture)))
     return cards
 
 
-def _packing(records: Sequence[Utterance], prompter: Prompter, max_length: int) -> str:
-    rows = []
-    for batch in batches(
-        [Source(records, prompter)], BatchShape(1, 32, max_length), seed=0, repeat=False
-    ):
-        rows.extend(batch["segment_ids"].reshape(-1, max_length))
-        if len(rows) >= ROWS_MEASURED:
+def _packing(records: Sequence[Utterance], prompter: Prompter, max_length: int) -> Card:
+    found: list[np.ndarray] = []
+    shape = BatchShape(1, max(1, min(32, BATCH_TOKENS // max_length)), max_length)
+    for batch in batches([Source(records, prompter)], shape, seed=0, repeat=False):
+        found.extend(row for row in batch["segment_ids"].reshape(-1, max_length) if row.any())
+        if len(found) >= ROWS_MEASURED:
             break
-    rows = np.array([row for row in rows if row.any()])
-    full, clips = (rows > 0).mean(), rows.max(1).sum()
-    padded = (rows > 0).sum() / (clips * max_length)
+    if not found:
+        about = f"No clip fits a row of {max_length:,} tokens."
+        return Card("Packed for training", about, wide=True)
+    rows = np.array(found)
+    full, clips = np.mean(rows > 0), rows.max(1).sum()
+    padded = np.sum(rows > 0) / (clips * max_length)
     about = (
         f"Each block is a clip. Rows are {full:.1%} full; padded, with one clip a row,"
         f" {padded:.1%}: {full / padded:.1f} times the work."
     )
-    return _card("Packed for training", about, pictures.packed_rows(rows[:ROWS_DRAWN]), True)
+    picture = pictures.packed_rows(rows[:ROWS_DRAWN])
+    return Card("Packed for training", about, Markup(picture), wide=True)
 
 
-def _pairs(records: dict[str, Sequence[Utterance]], scans: dict[str, Scan]) -> list[str]:
+def _pairs(records: Mapping[str, Sequence[Utterance]], scans: Mapping[str, Scan]) -> list[Card]:
     """Text against speech, and the pairs that stand out."""
-    splits, odd, rows, start = list(scans.items()), [], [], 0
-    for (split, one), many, few in zip(splits, *suspicious_pace(list(scans.values())), strict=True):
-        pace = one.codes / np.maximum(one.text_bytes, 1)
+    odd: list[tuple[int, str]] = []
+    rows: list[tuple[str, ...]] = []
+    start = 0
+    paces = zip(*suspicious_pace(list(scans.values())), strict=True)
+    for (split, part), (many, few) in zip(scans.items(), paces, strict=True):
+        pace = part.codes / np.maximum(part.text_bytes, 1)
         for row in (*many, *few):
-            odd.append(
-                (
-                    start + int(row),
-                    f"{one.ids[row]}: {one.text_bytes[row]} bytes, {span(float(one.seconds[row]))}",
-                )
-            )
-        for row, what in [(many[i], "much speech") for i in np.argsort(-pace[many])] + [
-            (few[i], "little speech") for i in np.argsort(pace[few])
-        ]:
-            if len(rows) < MOST_LISTED:
-                text = records[split][int(one.indices[row])].text
-                rows.append(
-                    (
-                        escape(one.ids[row]),
-                        what,
-                        span(float(one.seconds[row])),
-                        escape(text[:160] + ("…" if len(text) > 160 else "")),
-                    )
-                )
-        start += len(one.ids)
-    x, y = (
-        np.concatenate([getattr(one, name) for one in scans.values()])
-        for name in ("text_bytes", "seconds")
-    )
+            title = f"{part.ids[row]}: {part.text_bytes[row]} bytes, {span(part.seconds[row])}"
+            odd.append((start + int(row), title))
+        furthest = [(many[i], "much speech") for i in np.argsort(-pace[many])]
+        furthest += [(few[i], "little speech") for i in np.argsort(pace[few])]
+        for row, what in furthest[: MOST_LISTED - len(rows)]:
+            text = records[split][int(part.indices[row])].text
+            text = text[:160] + ("…" if len(text) > 160 else "")
+            rows.append((part.ids[row], what, span(part.seconds[row]), text))
+        start += len(part.ids)
+    text_bytes = np.concatenate([part.text_bytes for part in scans.values()])
+    seconds = np.concatenate([part.seconds for part in scans.values()])
     about = (
         f"Long texts take long to say. {len(odd):,} pairs stand out, with far too much or too"
         " little speech for their text."
     )
-    cards = [
-        _card(
-            "Text against speech",
-            about,
-            pictures.density(x, y, "bytes of text", "seconds of speech", odd[:MOST_DOTS]),
-            True,
-        )
-    ]
+    picture = pictures.density(
+        text_bytes, seconds, "bytes of text", "seconds of speech", odd[:MOST_DOTS]
+    )
+    cards = [Card("Text against speech", about, Markup(picture), wide=True)]
     if rows:
-        table = _table(("Clip", "Has", "Speech", "Text"), rows, (2,))
-        cards.append(
-            _card(
-                "Suspicious pairs",
-                f"The furthest out of {len(odd):,}; listen to them.",
-                table,
-                True,
-            )
-        )
+        about = f"The furthest out of {len(odd):,}; listen to them."
+        head = ("Clip", "Has", "Speech", "Text")
+        cards.append(Card("Suspicious pairs", about, Markup(), head, rows, (2,), wide=True))
     return cards
 
 
-def _codes(scans: dict[str, Scan]) -> list[str]:
-    usage = sum(one.usage for one in scans.values())
+def _codes(scans: Mapping[str, Scan]) -> list[Card]:
+    usage = _usage(scans)
     total, used = int(usage.sum()), int((usage > 0).sum())
     about = (
         f"All {NUM_CODES:,} codes, read like a page, 16 a cell; the stronger, the more used."
         f" {NUM_CODES - used:,} are never used."
     )
+    square = Markup('<div class="square">{}</div>').format(Markup(pictures.codebook(usage)))
+    cards = [Card("The codebook", about, square)]
+    if not total:
+        return cards
     order = np.argsort(-usage, kind="stable")
-    commonest = [
-        (str(code), f"{usage[code]:,}", f"{usage[code] / total:.2%}") for code in order[:10]
-    ]
-    rarest = [
-        (str(code), f"{usage[code]:,}", f"{usage[code] / total:.1g}")
-        for code in order[:used][::-1][:10]
-    ]
+    half = int(np.searchsorted(np.cumsum(usage[order]), total / 2)) + 1
+    common = [(str(c), f"{usage[c]:,}", f"{usage[c] / total:.2%}") for c in order[:10]]
+    rare = [(str(c), f"{usage[c]:,}", f"{usage[c] / total:.1g}") for c in order[:used][::-1][:10]]
     head = ("Code", "Times", "Share")
+    about = f"{total:,} codes; half of them are the {half:,} commonest."
+    once = f"{int((usage == 1).sum()):,} are used once."
     return [
-        _card("The codebook", about, f'<div class="square">{pictures.codebook(usage)}</div>'),
-        _card(
-            "From common to rare",
-            f"{total:,} codes; half of them are the {_half(usage):,} commonest.",
-            pictures.ranks(usage),
-        ),
-        _card("The commonest codes", "Often those of silence.", _table(head, commonest, (1, 2))),
-        _card(
-            "The rarest codes",
-            f"{int((usage == 1).sum()):,} are used once.",
-            _table(head, rarest, (1, 2)),
-        ),
+        *cards,
+        Card("From common to rare", about, Markup(pictures.ranks(usage))),
+        Card("The commonest codes", "Often those of silence.", Markup(), head, common, (1, 2)),
+        Card("The rarest codes", once, Markup(), head, rare, (1, 2)),
     ]
 
 
-def _half(usage: np.ndarray) -> int:
-    return int(np.searchsorted(np.cumsum(np.sort(usage)[::-1]), usage.sum() / 2)) + 1
-
-
-def _repeats(scans: dict[str, Scan]) -> str:
+def _repeats(scans: Mapping[str, Scan]) -> Card:
     splits = list(scans.items())
-    groups = sorted(repeated_codes([one for _, one in splits]), key=len, reverse=True)
+    groups = sorted(repeated_codes([part for _, part in splits]), key=len, reverse=True)
     if not groups:
-        return _card("Duplicates", "No two clips have the same codes.", "")
+        return Card("Duplicates", "No two clips have the same codes.")
     rows = []
     for group in groups[:MOST_LISTED]:
         texts = len({splits[at][1].text_digests[row] for at, row in group})
         where = ", ".join(sorted({splits[at][0] for at, _ in group}))
-        ids = escape(", ".join(splits[at][1].ids[row] for at, row in group[:4])) + (
-            " …" if len(group) > 4 else ""
-        )
-        rows.append((str(len(group)), str(texts), where, ids))
-    about = (
-        f"{len(groups):,} group{'s' if len(groups) > 1 else ''} of clips have the very same codes."
-    )
-    return _card("Duplicates", about, _table(("Clips", "Texts", "In", "Which"), rows, (0, 1)))
+        ids = ", ".join(splits[at][1].ids[row] for at, row in group[:4])
+        rows.append((str(len(group)), str(texts), where, ids + (" …" if len(group) > 4 else "")))
+    plural = "groups of clips have" if len(groups) > 1 else "group of clips has"
+    about = f"{len(groups):,} {plural} the same codes."
+    head = ("Clips", "Texts", "In", "Which")
+    return Card("Duplicates", about, Markup(), head, rows, (0, 1))
 
 
-def _dropped(path: Path) -> str:
+def _dropped(path: Path) -> Card:
+    """What was left out when the dataset was made, by reason, from the list beside it."""
     if not path.is_file():
-        return _card("Left out", "No clip was left out when the dataset was made.", "")
-    lines = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+        return Card("Left out", "No clip was left out when the dataset was made.")
     groups: dict[tuple[str, bool], list[str]] = {}
-    for line in lines:
+    fix = "delete the list, and the report leaves it out"
+    text = read_text(path, "the list of clips that were left out", fix=fix, limit=2**30)
+    for at, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        noted = parse_json(line, f"{path}, line {at}", fix=fix)
         # What differs from clip to clip, paths and numbers, is no part of the reason.
-        reason = re.sub(r"\d[\d,.]*", "N", re.sub(r"\S*/\S+|'[^']*'", "…", line["reason"]))
-        groups.setdefault((reason, line.get("kept", False)), []).append(line["id"])
+        reason = re.sub(r"\S*/\S+|'[^']*'", "…", str(noted.get("reason", "no reason given")))
+        reason = re.sub(r"\d[\d,.]*", "N", reason)
+        kept = noted.get("kept") is True
+        groups.setdefault((reason, kept), []).append(str(noted.get("id", "")))
     rows = [
         (
             f"{len(ids):,}",
-            escape(reason) + (" (kept)" if kept else ""),
-            escape(", ".join(ids[:3])) + (" …" if len(ids) > 3 else ""),
+            reason + (" (kept)" if kept else ""),
+            ", ".join(ids[:3]) + (" …" if len(ids) > 3 else ""),
         )
-        for (reason, kept), ids in sorted(groups.items(), key=lambda item: -len(item[1]))[
-            :MOST_LISTED
-        ]
+        for (reason, kept), ids in sorted(groups.items(), key=lambda item: -len(item[1]))
     ]
-    about = (
-        f"{sum(not line.get('kept', False) for line in lines):,} clips, when the dataset was made;"
-        f" {escape(path.name)} names them."
-    )
-    return _card("Left out", about, _table(("Clips", "Reason", "For example"), rows, (0,)))
+    count = sum(len(ids) for (_, kept), ids in groups.items() if not kept)
+    about = f"{count:,} clips, when the dataset was made; {path.name} names them."
+    head = ("Clips", "Reason", "For example")
+    return Card("Left out", about, Markup(), head, rows[:MOST_LISTED], (0,))

@@ -11,13 +11,9 @@ from llasa_jax.data.builder import write_dataset
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer
 from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
-from llasa_jax.inspect.doctor import (
-    check_codec,
-    check_scans,
-    check_tokenizer,
-    doctor,
-    examine_before_training,
-)
+from llasa_jax.inspect.doctor import doctor, examine_before_training
+from llasa_jax.inspect.model_checks import check_codec, check_tokenizer
+from llasa_jax.inspect.record_checks import check_scans
 from llasa_jax.inspect.scan import repeated_codes, scan, suspicious_pace
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.settings import ModelSettings
@@ -192,6 +188,34 @@ def test_pace():
         for clip, other in zip(clips, clips[1:] + clips[:1], strict=True)
     ]
     assert [found[:2] for found in sick(slipped)] == [("pace", "bad")]
+
+
+def test_texts_that_are_names_of_speakers_or_labels():
+    clips = speech(150)
+    mixed = [changed(clip, text=clip.speaker) for clip in clips]
+    assert ("text", "bad", ("clip0", "clip1", "clip2")) in sick(mixed)
+    assert ("text", "warn", ("clip0",)) in sick([changed(clips[0], text="ada"), *clips[1:]])
+    # Without speakers' names to compare with, as in a dataset whose text column is the wrong one.
+    names = [
+        changed(clip, text=("alice", "bob")[i % 2], speaker="") for i, clip in enumerate(clips)
+    ]
+    (found,) = [f for f in check_scans({"t": scan(names, 999)}, 2048) if f.check == "text"]
+    assert found.severity == "warn"
+    assert "150 clips of t share 2 different texts; 75 of them say 'alice'" in found.message
+
+
+def test_findings_do_not_steer_the_terminal():
+    clips = [changed(clip, text=" ", id="a\x1b[2J") for clip in speech(30)]
+    clips = [changed(clip, codes=clips[0].codes) for clip in clips]
+    said = "\n".join(map(str, check_scans({"train": scan(clips, 999)}, 2048)))
+    assert r"a\x1b[2J" in said
+    assert "\x1b" not in said
+
+
+def test_a_sample_has_clips(model, tmp_path):
+    for sample in (0, -1):
+        with pytest.raises(UserError, match=f"the sample is {sample} clips"):
+            doctor(settings(model, tmp_path), sample=sample)
 
 
 def test_texts_that_break_the_prompt(prompter):

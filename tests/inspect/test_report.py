@@ -171,6 +171,37 @@ def test_command(folder, tmp_path, capsys):
         report(tmp_path / "torn", tmp_path / "new.html")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sample", "0"], "the sample is 0 clips"),
+        (["--sample", "-1"], "the sample is -1 clips"),
+        (["--max-length", "0"], "the row length is 0 tokens"),
+        (["--max-length", "-1"], "the row length is -1 tokens"),
+        (["--max-length", "10000000000"], "the row length is 10000000000 tokens"),
+        (["--out", ""], "--out is '.'"),
+        (["--out", "."], "--out is '.'"),
+        (["--out", "no/such/r.html"], "no/such: no such folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_at_once(folder, arguments, said, capsys):
+    assert main(["report", str(folder), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("max_length", [1, 50])
+def test_no_clip_fits(folder, tmp_path, prompter, max_length):
+    page = report(folder, tmp_path / "r.html", prompter, max_length=max_length).read_text()
+    assert f"No clip fits a row of {max_length} tokens." in " ".join(Page(page).words)
+
+
+def test_a_damaged_list_of_bad_clips_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "voice")
+    (tmp_path / "voice.bad.jsonl").write_text('{"id": "a", "reason": "x"}\n{"id": "b"\n')
+    with pytest.raises(UserError, match=r"voice.bad.jsonl, line 2"):
+        report(tmp_path / "voice", tmp_path / "r.html")
+
+
 def test_bars_and_columns_are_to_scale():
     drawn = pictures.bars(["a", "b"], [1.0, 4.0], ["one", "four"])
     long = [float(h) + float(r) for h, r in re.findall(r'd="M\d+ \d+h([\d.]+)a([\d.]+)', drawn)]
