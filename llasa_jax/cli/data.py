@@ -27,6 +27,7 @@ def encode(args) -> None:
         max_bad_share=args.max_bad_share,
         batch_seconds=args.batch_seconds,
         workers=args.workers,
+        columns=args.columns,
     )
 
 
@@ -49,6 +50,7 @@ def import_codes(args) -> None:
     import_codes(
         folder=args.folder,
         transcripts=args.transcripts,
+        columns=args.columns,
         out=args.out,
         codec_name=args.codec_name,
         code_offset=args.code_offset,
@@ -84,8 +86,9 @@ def add_commands(commands) -> None:
         "Encode speech to codes: a manifest of audio and text becomes a TFDS dataset.",
     )
     parser.add_argument(
-        "--manifest", type=Path, required=True, help="a JSONL file, or LJSpeech's metadata.csv"
+        "--manifest", type=Path, required=True, help="a JSONL file, or lines of id|text"
     )
+    _add_columns(parser, "audio=KEY,text=KEY of a JSONL file")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the dataset")
     add_codec(parser)
     add_device(parser)
@@ -125,6 +128,7 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "transcripts", type=Path, help="lines of id|text, or a .jsonl file with id and text"
     )
+    _add_columns(parser, "id=KEY,text=KEY of a JSONL file")
     _add_import_options(parser)
     _add_code_offset(parser)
     add_validation(parser)
@@ -150,6 +154,14 @@ def add_commands(commands) -> None:
     parser.add_argument("--subset", help="the dataset's configuration, if it has several")
     add_codec(parser)
     add_device(parser)
+
+
+def _add_columns(parser: argparse.ArgumentParser, mapping: str) -> None:
+    parser.add_argument(
+        "--columns",
+        default="",
+        help=f"what the columns of a file with | are, such as id,text,speaker; or {mapping}",
+    )
 
 
 def _add_import_options(parser: argparse.ArgumentParser) -> None:

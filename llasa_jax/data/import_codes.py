@@ -29,9 +29,10 @@ def import_codes(
     validation_share: float = 0.0,
     seed: int = 0,
     max_bad_share: float = 0.05,
+    columns: str = "",
 ) -> Imported:
-    """Imports the clips of `transcripts` (see `read_transcripts`) whose codes lie somewhere below
-    `folder`, into the new dataset `out`.
+    """Imports the clips of `transcripts` (with `columns` see `read_transcripts`) whose codes lie
+    somewhere below `folder`, into the new dataset `out`.
 
     A transcript's id is the codes' path below `folder` or, where that is the only one, its last
     part, either without suffixes. `code_offset` is subtracted from every code: 128264 where they
@@ -39,7 +40,7 @@ def import_codes(
     codes, and codes without a transcript, count as bad. Raises UserError as `write_import` does.
     """
     folder = Path(folder)
-    clips = read_transcripts(transcripts)
+    clips = read_transcripts(transcripts, columns)
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share is {validation_share}; give a share in [0, 1).")
     paths = sorted(folder.rglob("*.npy"))

@@ -51,9 +51,10 @@ def encode(
     max_bad_share: float = 0.05,
     batch_seconds: float = 600.0,
     workers: int = 4,
+    columns: str = "",
 ) -> Summary:
-    """Encodes a manifest's audio (see `read_manifest`) into a new dataset (see `write_dataset`) in
-    the folder `out`.
+    """Encodes a manifest's audio (`columns` are those of `read_manifest`) into a new dataset (see
+    `write_dataset`) in the folder `out`.
 
     `codec` is a loaded one, or a name or folder for `load_codec(codec, device)`. Audio is read by
     `workers` threads and handed to the codec `batch_seconds` at a time; that much is lost by an
@@ -77,7 +78,7 @@ def encode(
             " correct the setting."
         )
     check_new(out)
-    utterances = read_manifest(manifest)
+    utterances = read_manifest(manifest, columns)
     if isinstance(codec, str | os.PathLike):
         codec = load_codec(codec, device)
 

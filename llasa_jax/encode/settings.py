@@ -13,8 +13,9 @@ class OnlineSettings:
     """How audio becomes codes while training, where `data.mode` is online. `codec` and `device` are
     those of `encode`.
 
-    `columns`: audio=COLUMN,text=COLUMN and so on, of Hugging Face's and TFDS's datasets; empty, the
-    usual names are looked for. `queue`: finished batches that may wait for the devices, and as many
+    `columns`: audio=COLUMN,text=COLUMN and so on, of Hugging Face's and TFDS's datasets (empty, the
+    usual names are looked for) and of JSONL manifests; or id,text,speaker, of
+    manifests with |. `queue`: finished batches that may wait for the devices, and as many
     that are planned ahead of them. `workers`: processes that read audio, no more than `read_ahead`
     seconds of it before it is encoded. `cache`: a folder of codes, written as they are made and a
     dataset once all are there. More than `max_bad_share` bad clips stop training. A warning comes

@@ -23,9 +23,15 @@ class ManifestAudio:
     `assign_splits`).
     """
 
-    def __init__(self, manifest: str | os.PathLike, validation_share: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        manifest: str | os.PathLike,
+        validation_share: float = 0.0,
+        seed: int = 0,
+        columns: str = "",
+    ):
         self.name = str(manifest)
-        self._clips = read_manifest(manifest)
+        self._clips = read_manifest(manifest, columns)
         splits = assign_splits(self._clips, validation_share, seed)
         self._splits = [splits[clip.id] for clip in self._clips]
 
@@ -67,6 +73,9 @@ def open_audio(path: str, online: OnlineSettings) -> AudioSource:
     from llasa_jax.encode.hf_dataset import parse_columns
     from llasa_jax.encode.tables import is_tfds_folder, open_hf_audio, open_tfds_audio
 
+    is_manifest = Path(path).suffix.lower() in (".jsonl", ".json", ".csv") or Path(path).is_file()
+    if is_manifest and not path.startswith("tfds:"):
+        return ManifestAudio(path, online.validation_share, online.split_seed, online.columns)
     columns = parse_columns(online.columns, "data.online.columns") if online.columns else {}
     if "codes" in columns:
         raise UserError(
@@ -77,6 +86,4 @@ def open_audio(path: str, online: OnlineSettings) -> AudioSource:
         return open_tfds_audio(
             path.removeprefix("tfds:"), columns, online.validation_share, online.split_seed
         )
-    if Path(path).suffix.lower() in (".jsonl", ".json", ".csv") or Path(path).is_file():
-        return ManifestAudio(path, online.validation_share, online.split_seed)
     return open_hf_audio(path, columns, online.validation_share, online.split_seed)

@@ -14,7 +14,7 @@ _FORMATS = (
     "mj2,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 )
 # Containers whose header knows the length; that of the others is FFmpeg's guess.
-_KNOW_LENGTH = ("mov", "matroska", "asf", "flv", "avi", "wv", "tta", "ape", "caf")
+_KNOW_LENGTH = ("mov", "matroska", "asf", "flv", "avi", "wav", "wv", "tta", "ape", "caf")
 _TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between the parts of concatenated MP3s, and behind them
 _SLACK = 0.25  # seconds that a header may round up or count priming samples for
 
@@ -43,6 +43,9 @@ def decode(file: BinaryIO, name: str, why: str, max_seconds: float) -> tuple[np.
                 raise UserError(f"{name}: FFmpeg has no decoder for it; convert it to WAV or FLAC.")
             pieces, rate = _frames(av, container, stream, name, max_seconds)
             promised = _promised_seconds(container, stream)
+            if stream.codec_context.name.startswith("gsm") and pieces and promised:
+                # the last block is padded
+                pieces = [np.concatenate(pieces)[: round(promised * rate)]]
     except av.FFmpegError as error:
         raise UserError(
             f"{name}: not audio that libsndfile ({why}) or FFmpeg ({error.strerror or error}) can"

@@ -65,7 +65,7 @@ def _end_of_chunk(file: BinaryIO, order: str, wanted: bytes) -> int:
 
 
 def _end_of_sphere(start: bytes) -> int:
-    fields = dict(re.findall(rb"^(\w+) -i (\d+)\s*$", start, re.MULTILINE))
+    fields = dict(re.findall(rb"^(\w+) -(?:i|s\d+) (\d+)\s*$", start, re.MULTILINE))
     count, width, channels = (
         int(fields.get(key, 0)) for key in (b"sample_count", b"sample_n_bytes", b"channel_count")
     )

@@ -30,8 +30,10 @@ from llasa_jax.data.manifest import Clip, assign_splits, read_manifest
 from llasa_jax.data.seal import remove_dataset
 from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.encode.offline import encode
+from llasa_jax.encode.settings import OnlineSettings
+from llasa_jax.encode.sources import open_audio
 from llasa_jax.errors import UserError
-from llasa_jax.speech.audio import read_audio
+from llasa_jax.speech.audio import read_audio, write_audio
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,24 @@ def read_all(folder):
         }
         for split in splits
     }
+
+
+def test_columns_say_what_a_third_field_is(tmp_path, corpus):
+    lines = [f"{clip.id}|{clip.speaker}|{clip.text}" for clip in corpus[:3]]
+    (tmp_path / "wavs").mkdir()
+    for clip in corpus[:3]:
+        write_audio(tmp_path / f"wavs/{clip.id}.wav", read_audio(clip.audio))
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="line 1: 3 fields, and it is not clear what they are"):
+        encode(tmp_path / "metadata.csv", tmp_path / "out", CountingCodec())
+    encode(tmp_path / "metadata.csv", tmp_path / "out", CountingCodec(), columns="id,speaker,text")
+    found = read_all(tmp_path / "out")["train"]
+    assert {(clip, r["speaker"], r["text"]) for clip, r in found.items()} == {
+        (clip.id, clip.speaker, clip.text) for clip in corpus[:3]
+    }
+    online = OnlineSettings(columns="id,speaker,text")
+    source = open_audio(str(tmp_path / "metadata.csv"), online)
+    assert {source.utterance(i).speaker for i in range(3)} == {c.speaker for c in corpus[:3]}
 
 
 def test_end_to_end_with_a_real_codec(tmp_path, manifest):

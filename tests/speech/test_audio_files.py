@@ -193,6 +193,25 @@ def test_joined_files_are_read_to_the_end(made, tmp_path, first, second):
     assert abs(len(wave) - len(ffmpegs(joined))) <= 320
 
 
+def test_the_padding_of_gsm_is_cut_off(made):
+    """The fact chunk counts the samples, and the last block of 320 is padded."""
+    gsm = bytearray(made("gsm.wav").read_bytes())
+    fact = gsm.index(b"fact") + 8
+    samples = int.from_bytes(gsm[fact : fact + 4], "little")
+    gsm[fact : fact + 4] = (samples - 100).to_bytes(4, "little")
+    assert len(read_audio(bytes(gsm), "a")) == audio_samples(bytes(gsm)) == 2 * (samples - 100)
+
+
+@pytest.mark.parametrize("coding", ["PCM_16", "ULAW"])
+def test_nist_sphere(tmp_path, coding):
+    """The format of TIMIT and of LDC's corpora."""
+    wave, rate = soundfile.read(CLIP, dtype="float32")
+    soundfile.write(tmp_path / "a.sph", wave, rate, format="NIST", subtype=coding)
+    np.testing.assert_allclose(read_audio(tmp_path / "a.sph"), wave, atol=0.03)
+    whole = (tmp_path / "a.sph").read_bytes()
+    assert "more bytes of audio" in refusal(whole[:-100], "a")
+
+
 def with_total(flac, samples):
     """A FLAC whose STREAMINFO claims another number of samples (36 bits before the MD5)."""
     at = 18
