@@ -1,13 +1,17 @@
 """The whole way once, on a laptop: `python -m llasa_jax.demo`, or `make demo`.
 
-Makes a tiny seeded Llasa (the real classes, small), then runs the commands that a user runs on a
-real one, on 8 virtual CPU devices, and proves the result: greedy generation gives back the codes of
-the texts it learned, here and in transformers.
+Makes a tiny Llasa from a seed (the real classes, small), then runs the commands that a user runs on
+a real one, on 8 virtual CPU devices, and proves the result: greedy generation gives back the codes
+of the texts that it was trained on, here and in transformers.
+
+Run it in a checkout of the repository: it takes its speech from `tests/speech` and its settings
+from `configs/demo.yaml`, which are not part of an installed package.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,32 +20,39 @@ from pathlib import Path
 
 from llasa_jax.errors import UserError
 
-LEARNED = 8
-MUST_RETURN = 0.99
+TRAINED_ON = 8  # clips, the shortest of the corpus
+MARK = ".demo"  # in a folder that a demo may replace
+MUST_RETURN = 0.99  # of their codes
 
 
 def demo(speech: Path, out: Path, config: Path) -> None:
-    """Runs everything into `out`, which is made anew. Raises UserError where the corpus is missing,
-    RuntimeError where a step fails.
+    """Runs everything into the folder `out`, which it replaces. Raises UserError where something
+    that it needs is missing, RuntimeError where a command fails.
     """
     started = time.monotonic()
-    if not (speech / "manifest.jsonl").is_file():
+    for path, option in ((speech / "manifest.jsonl", "--speech"), (config, "--config")):
+        if not path.is_file():
+            raise UserError(
+                f"there is no {path}; run the demo in a checkout of the repository, or give"
+                f" {option}"
+            )
+    if out.exists() and not (out / MARK).is_file():
         raise UserError(
-            f"{speech} holds no manifest.jsonl; run the demo from a checkout of the repository, or"
-            " name a corpus with --speech"
+            f"{out} was not made by the demo, which would replace it; give another --out"
         )
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / MARK).touch()
 
-    _title("A tiny Llasa of the real classes stands in for HKUSTAudio/Llasa-1B and its codec")
+    _title("A tiny Llasa and a tiny codec stand in for HKUSTAudio/Llasa-1B and XCodec2")
     clips = _choose(speech, out / "manifest.jsonl")
     _make_models(out, [clip["text"] for clip in clips])
-    learned = [clip for clip in clips if clip["split"] == "train"]
+    trained = [clip for clip in clips if clip["split"] == "train"]
     print(f"{out / 'hf'}, {out / 'codec'}")
 
     _title(
-        f"Its weights become ours, {len(clips)} recordings become codes, and it learns"
-        f" {len(learned)} of them by heart"
+        f"Import the weights, encode {len(clips)} recordings, and train on {len(trained)} of them"
+        " until they are known by heart"
     )
     _run("import-hf", out / "hf", out / "model")
     _run(
@@ -58,9 +69,9 @@ def demo(speech: Path, out: Path, config: Path) -> None:
         "train", "--config", config, *(f"--{name}={out / folder}" for name, folder in paths.items())
     )
 
-    _title("The finetuned weights go back to Hugging Face's format, and speak")
+    _title("Export the trained weights to Hugging Face's format, and speak")
     _run("export-hf", out / "run", out / "release", "--verify")
-    spoken = learned[0]
+    spoken = trained[0]
     voice = ("--speaker", spoken["speaker"], "--text", spoken["text"])
     greedy = ("--temperature", "0", "--dtype", "float32")
     _run(
@@ -75,9 +86,9 @@ def demo(speech: Path, out: Path, config: Path) -> None:
         out / "speech.wav",
     )
 
-    _title("Proof: the codes that it learned come back")
+    _title("Proof: the codes of the training clips come back")
     ours, theirs = _returned(out)
-    print(f"llasa-jax:    {ours:.1%} of {len(learned)} clips' codes come back in greedy generation")
+    print(f"llasa-jax:    {ours:.1%} of {len(trained)} clips' codes come back in greedy generation")
     print(
         f"transformers: {theirs:.1%} of them from {out / 'release'}, loaded with"
         " AutoModelForCausalLM"
@@ -86,30 +97,28 @@ def demo(speech: Path, out: Path, config: Path) -> None:
         raise RuntimeError(f"fewer than {MUST_RETURN:.0%} of the codes came back")
 
     _title(f"Done in {time.monotonic() - started:.0f} s")
-    lies = {
+    made = {
         "records": "the codes, a TFDS dataset",
         "run": "the training run: settings, metrics, checkpoints",
         "release": "the finetuned model in Hugging Face's format",
         "speech.wav": f"the voice saying {spoken['text']!r} (noise: the tiny codec is untrained)",
     }
-    for name, what in lies.items():
+    for name, what in made.items():
         print(f"  {out / name!s:24} {what}")
 
 
 def _choose(speech: Path, manifest: Path) -> list[dict]:
-    """Writes a manifest in which the shortest clips of either speaker are for training, and the
-    others kept apart.
+    """Writes a manifest in which the shortest clips are for training, and the others in a split
+    that nothing uses.
     """
     clips = [json.loads(line) for line in (speech / "manifest.jsonl").read_text().splitlines()]
     size = {clip["id"]: (speech / clip["audio"]).stat().st_size for clip in clips}
-    learned = {
-        clip["id"]
-        for clip in sorted(clips, key=lambda clip: (size[clip["id"]], clip["id"]))[:LEARNED]
-    }
+    shortest = sorted(clips, key=lambda clip: (size[clip["id"]], clip["id"]))[:TRAINED_ON]
+    trained = {clip["id"] for clip in shortest}
     for clip in clips:
         clip |= {
             "audio": str((speech / clip["audio"]).absolute()),
-            "split": "train" if clip["id"] in learned else "unused",
+            "split": "train" if clip["id"] in trained else "unused",
         }
     manifest.write_text("".join(json.dumps(clip) + "\n" for clip in clips))
     return clips
@@ -124,8 +133,8 @@ def _make_models(out: Path, texts: list[str]) -> None:
 
 
 def _returned(out: Path) -> tuple[float, float]:
-    """The share of the learned clips' codes that greedy generation gives back, by our model and by
-    the exported one.
+    """The share of the training clips' codes that greedy generation gives back: by our model, and
+    by the exported one in transformers.
     """
     import numpy as np
     import torch
@@ -136,15 +145,13 @@ def _returned(out: Path) -> tuple[float, float]:
     from llasa_jax.generate.speaker import generate_codes, load
 
     utterances = list(open_utterances(out / "records", "train"))
+    trained = [np.asarray(utterance.codes) for utterance in utterances]
     graphdef, params, prompter, _ = load(out / "run", "float32")
     openings = [prompter.opening(u.text, speaker=u.speaker) for u in utterances]
-    limits = [len(u.codes) + 1 for u in utterances]
-    ours = [
-        r.codes
-        for r in generate_codes(
-            graphdef, params, openings, prompter.vocab, limits, SamplingSettings(temperature=0)
-        )
-    ]
+    limits = [len(codes) + 1 for codes in trained]  # and the end marker
+    greedy = SamplingSettings(temperature=0)
+    generated = generate_codes(graphdef, params, openings, prompter.vocab, limits, greedy)
+    ours = [result.codes for result in generated]
 
     tokenizer = AutoTokenizer.from_pretrained(out / "release")
     model = AutoModelForCausalLM.from_pretrained(out / "release", dtype=torch.float32)
@@ -159,12 +166,13 @@ def _returned(out: Path) -> tuple[float, float]:
         )
         theirs.append(prompter.vocab.codes_of(ids[0, len(opening) :].numpy()))
 
-    def share(generated):
-        hits = sum(
-            np.sum(u.codes[: len(codes)] == codes[: len(u.codes)])
-            for u, codes in zip(utterances, generated, strict=True)
-        )
-        return hits / sum(len(u.codes) for u in utterances)
+    def share(spoken: list[np.ndarray]) -> float:
+        """The share of the training clips' codes at whose place the same code was spoken."""
+        hits = 0
+        for codes, wanted in zip(spoken, trained, strict=True):
+            common = min(len(codes), len(wanted))
+            hits += int(np.sum(codes[:common] == wanted[:common]))
+        return hits / sum(map(len, trained))
 
     return share(ours), share(theirs)
 
@@ -173,12 +181,12 @@ def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _run(*arguments) -> None:
-    arguments = [str(argument) for argument in arguments]
-    print("$ llasa-jax " + " ".join(f'"{a}"' if " " in a else a for a in arguments), flush=True)
-    status = subprocess.run([sys.executable, "-m", "llasa_jax.cli", *arguments]).returncode
+def _run(*arguments: str | Path) -> None:
+    words = [str(argument) for argument in arguments]
+    print("$ " + shlex.join(["llasa-jax", *words]), flush=True)
+    status = subprocess.run([sys.executable, "-m", "llasa_jax.cli", *words]).returncode
     if status:
-        raise RuntimeError(f"llasa-jax {arguments[0]} failed with status {status}")
+        raise RuntimeError(f"llasa-jax {words[0]} failed with status {status}")
 
 
 def main() -> int:
