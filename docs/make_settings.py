@@ -13,6 +13,7 @@ from typing import Literal, get_args, get_origin
 import docstring_parser
 import yaml
 
+from llasa_jax.runtime.settings import notes
 from llasa_jax.train.settings import Settings
 
 HEAD = """# Every setting
@@ -41,7 +42,7 @@ def _group(cls: type, prefix: str) -> Iterator[str]:
             continue
         if group and get_origin(field.type) is list:
             groups.append((group, f"{prefix}{field.name}[]."))
-        text = docs.get(field.name, "")
+        text = f"{docs.get(field.name, '')} {notes(field)}".strip()
         rows.append(f"| `{prefix}{field.name}` | {_default(field)} | {_cell(text, field.type)} |")
     yield f"## {prefix.rstrip('.') or 'The run'}\n"
     yield cleandoc(cls.__doc__ or "") + "\n"
