@@ -14,7 +14,7 @@ from llasa_jax.convert.model_folder import (
     saved_steps,
 )
 from llasa_jax.convert.peft_adapter import open_adapter
-from llasa_jax.encode.encoder import share_gpu
+from llasa_jax.encode.devices import share_gpu
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.errors import UserError
@@ -45,7 +45,7 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
         stop.listen()
     settings, adapter = begin_with(settings)
     records, validation = open_sources(settings.sources, settings.data.online)
-    encoder = open_encoder(settings.data.online, records, validation)
+    encoder = open_encoder(settings.data.online, records, validation, out=settings.out)
     codec = codec_of(settings.sources, encoder and encoder.codec)
     examine_before_training(settings)
     with out_of_memory_explained(settings):

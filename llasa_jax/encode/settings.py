@@ -31,7 +31,8 @@ class OnlineSettings:
     """Seconds of audio that may be read before they are encoded."""
     cache: str = setting("", path=True, resume=True)
     """Folder that keeps the codes as they are made, and becomes a dataset once all are there;
-    empty, codes are made anew in every epoch."""
+    empty, codes are made again in every epoch. It holds nothing else, and must not lie in the run's
+    folder nor hold it."""
     max_bad_share: float = setting(0.05, low=0, below=1, resume=True)
     """Share of unreadable clips above which training stops."""
     stall_seconds: float = setting(30.0, above=0, high=86_400, resume=True)
@@ -45,6 +46,9 @@ class OnlineSettings:
     gpu_memory: float = setting(0.2, low=0, high=0.9, resume=True)
     """The codec's share of its GPU's memory; JAX takes the rest, less 5%. 0 sets the codec no
     limit."""
+    max_clip_seconds: float = setting(120.0, above=0, high=3600)
+    """Seconds above which a clip counts as bad: the codec's memory grows with the square of its
+    length."""
 
 
 @dataclass(frozen=True)
