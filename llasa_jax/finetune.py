@@ -3,6 +3,7 @@ training.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from llasa_jax.convert.model_folder import (
@@ -14,6 +15,8 @@ from llasa_jax.convert.model_folder import (
     saved_steps,
 )
 from llasa_jax.convert.peft_adapter import open_adapter
+from llasa_jax.data.builder import dataset_fingerprint
+from llasa_jax.data.seal import SEAL
 from llasa_jax.encode.devices import share_gpu
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.online_cache import open_encoder
@@ -22,9 +25,18 @@ from llasa_jax.inspect.doctor import examine_before_training
 from llasa_jax.model.lora import Adapter
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.plan.memory import out_of_memory_explained
+from llasa_jax.runtime import hosts
+from llasa_jax.runtime.files import folder_digest
 from llasa_jax.runtime.stop_signal import StopSignal
 from llasa_jax.train import loop
 from llasa_jax.train.settings import Settings
+
+# Settings that change nothing that the hosts must do together: they concern one host's own work.
+MAY_DIFFER_BETWEEN_HOSTS = (
+    *("log.tensorboard", "log.wandb", "mesh.start_timeout", "data.online.device"),
+    *("data.online.workers", "data.online.torch_threads", "data.online.read_ahead"),
+    *("data.online.queue", "data.online.gpu_memory", "data.online.stall_seconds"),
+)
 
 
 def finetune(settings: Settings, stop: StopSignal) -> Path:
@@ -33,25 +45,22 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
 
     `stop` listens to SIGINT and SIGTERM. Raises UserError on what cannot work.
     """
-    if any(source.mode == "online" for source in settings.sources):
-        # JAX takes its memory when it first looks for devices, so the codec's share is set before
-        # that.
-        share_gpu(settings.data.online)
-    if settings.mesh.hosts:
-        import jax
+    with hosts.together():
+        join_hosts(settings, stop)
+        settings, adapter = begin_with(settings)
+        records, validation = open_sources(settings.sources, settings.data.online)
+        compare_hosts(settings, records)
+        encoder = open_encoder(settings.data.online, records, validation)
+        codec = codec_of(settings.sources, encoder and encoder.codec)
+        examine_before_training(settings)
+        with out_of_memory_explained(settings):
+            return loop.train(
+                settings, records, validation, codec, adapter=adapter, encoder=encoder, stop=stop
+            )
 
-        jax.distributed.initialize()
-        # jax.distributed has put its own handler in place of ours.
-        stop.listen()
-    settings, adapter = begin_with(settings)
-    records, validation = open_sources(settings.sources, settings.data.online)
-    encoder = open_encoder(settings.data.online, records, validation, out=settings.out)
-    codec = codec_of(settings.sources, encoder and encoder.codec)
-    examine_before_training(settings)
-    with out_of_memory_explained(settings):
-        return loop.train(
-            settings, records, validation, codec, adapter=adapter, encoder=encoder, stop=stop
-        )
+from llasa_jax.data.builder import dataset_fingerprint
+from llasa_jax.data.seal import SEAL
+from llasa_jax.encode.devices import share_gpu
 
 
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:

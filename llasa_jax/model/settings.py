@@ -89,7 +89,9 @@ class MeshSettings:
     """TPU slices, or GPU machines, that take part; mesh.data must be a multiple of it."""
     hosts: bool = setting(False, resume=True)
     """Join the processes that run this same command on every host
-    (jax.distributed.initialize())."""
+    (jax.distributed.initialize()). They are compared before the first step, and end together."""
+    start_timeout: float = setting(300.0, above=0, high=86_400, resume=True)
+    """Seconds to wait until the processes of all hosts have started."""
 
     def check(self, name: str) -> None:
         sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
