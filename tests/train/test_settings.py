@@ -134,7 +134,10 @@ def test_what_may_change_when_a_run_resumes():
         "data.doctor",
         "optimizer.offload",
         "profile.steps",
-        *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "slices", "hosts")),
+        *(
+            f"mesh.{name}"
+            for name in ("data", "fsdp", "tensor", "slices", "hosts", "start_timeout")
+        ),
         *(f"model.{name}" for name in ("attention", "remat", "loss_chunk")),
         *(f"train.{name}" for name in ("save_every", "keep", "keep_best", "validate_every")),
         *(f"data.online.{name}" for name in (*online.split(), "gpu_memory")),
