@@ -19,9 +19,9 @@ def first_line(error: BaseException) -> str:
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """The first names of many, and how many more there are."""
+    """The first names of many, each cut at 200 characters, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(name[:200] for name in names[:most]) + more
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -204,7 +204,7 @@ def test_the_same_training_command_goes_on(demo):
             [
                 "generate",
                 "--model",
-                "{out}/hf",
+                "{out}/records",
                 "--text",
                 "Hi",
                 "--out",

@@ -54,6 +54,13 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        help="where the base of a LoRA run lies now, if it was moved or copied: a folder or hub id",
+    )
+
+
 def add_validation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-share",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llasa_jax.cli.arguments import DTYPES, add_command, add_step
+from llasa_jax.cli.arguments import DTYPES, add_base, add_command, add_step
 
 
 def import_hf(args) -> None:
@@ -28,14 +28,16 @@ def export_hf(args) -> None:
         max_shard_size=args.max_shard_size,
         verify=args.verify,
         push_to_hub=args.push_to_hub,
+        public=args.public,
         lora=args.lora,
+        base=args.base,
     )
 
 
 def verify(args) -> None:
     from llasa_jax.convert.verify import verify
 
-    verify(args.hf, args.model, step=args.step).check()
+    verify(args.hf, args.model, step=args.step, base=args.base).check()
 
 
 def add_commands(commands) -> None:
@@ -68,6 +70,7 @@ def add_commands(commands) -> None:
     parser.add_argument("source", type=Path, help="a model's or a run's folder")
     parser.add_argument("destination", type=Path, help="a new folder for the checkpoint")
     add_step(parser)
+    add_base(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, help="write this type instead of that of the imported checkpoint"
     )
@@ -83,15 +86,22 @@ def add_commands(commands) -> None:
         "--verify", action="store_true", help="compare the logits of what was written with ours"
     )
     parser.add_argument(
-        "--push-to-hub", metavar="REPO", help="upload to this repository on the hub as well"
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload to this repository on the hub as well; a new one is private",
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="make the new repository on the hub public"
     )
 
     parser = add_command(
         commands,
         "verify",
         verify,
-        "Compare the logits of a Hugging Face checkpoint with those of one of our models.",
+        "Compare the tensors and the logits of a Hugging Face checkpoint with those of one of our"
+        " models.",
     )
     parser.add_argument("hf", type=Path, help="the Hugging Face checkpoint's folder")
     parser.add_argument("model", type=Path, help="a model's or a run's folder")
     add_step(parser)
+    add_base(parser)

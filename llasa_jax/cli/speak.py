@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llasa_jax.cli.arguments import add_codec, add_command, add_device, add_step
+from llasa_jax.cli.arguments import add_base, add_codec, add_command, add_device, add_step
 from llasa_jax.errors import UserError
 
 
@@ -38,6 +38,7 @@ def generate(args) -> None:
         max_seconds=args.max_seconds,
         dtype=args.dtype,
         step=args.step,
+        base=args.base,
         device=args.device,
     )
 
@@ -49,7 +50,12 @@ def add_commands(commands) -> None:
         generate,
         "Speak a text, or several at once: give --text, --out and, if need be, --adapter for each.",
     )
-    parser.add_argument("--model", type=Path, required=True, help="a model's or a run's folder")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="a model's or a run's folder, a Hugging Face checkpoint's, or its hub id",
+    )
     parser.add_argument("--text", action="append", required=True)
     parser.add_argument("--out", action="append", type=Path, required=True, help="the wav to write")
     parser.add_argument(
@@ -88,3 +94,4 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add_step(parser)
+    add_base(parser)

@@ -1,6 +1,5 @@
 """`llasa-jax export-hf`: a model's or a run's folder becomes an HF checkpoint, piece by piece."""
 
-import shutil
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,22 +25,19 @@ from llasa_jax.convert.merge import merged_reader
 from llasa_jax.convert.model_card import model_card
 from llasa_jax.convert.model_folder import (
     CHECKPOINTS,
-    HF_FOLDER,
+    Model,
     adapters_of,
-    check_base,
+    base_of,
+    open_model,
     params_folder,
-    read_description,
 )
 from llasa_jax.convert.names import places
-from llasa_jax.convert.params_io import ParamsReader
+from llasa_jax.convert.params_io import WORKERS, Reader
 from llasa_jax.convert.peft_adapter import base_name, open_adapter, write_adapter
 from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, named_dtype, parse_size
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError, first_line
-from llasa_jax.model.config import ModelConfig
 from llasa_jax.runtime.files import new_folder
-
-WORKERS = 2  # threads, each with two pieces of a parameter in memory
 
 
 def export_hf(
@@ -53,7 +49,9 @@ def export_hf(
     max_shard_size: str | int = "5GB",
     verify: bool = False,
     push_to_hub: str | None = None,
+    public: bool = False,
     lora: Literal["adapter", "merge"] | None = None,
+    base: str | Path | None = None,
 ) -> None:
     """Writes the HF checkpoint `destination` from `source`, a model's folder or a run's (at `step`,
     the latest by default).
@@ -61,14 +59,16 @@ def export_hf(
     Weights are written in the imported checkpoint's types unless `dtype` is given, the tables cut
     back to `vocab_size` rows, one copy where head and embedding are tied. Tokenizer files are those
     that were imported. `verify` compares logits with transformers' before the folder gets its name;
-    `push_to_hub` uploads it to that repository. Raises UserError; then nothing is left behind.
+    `push_to_hub` uploads it to that repository, which is made private unless it is to be `public`.
+    Raises UserError; then nothing is left behind.
 
     A LoRA run is written as PEFT's "adapter", or with its base: "merge" adds the two in float32,
-    before they are rounded.
+    before they are rounded. `base` says where its base lies now, by default where it lay.
     """
     source, destination = Path(source), Path(destination)
-    config, origin = read_description(source)
-    adapters, base = adapters_of(origin)
+    model = open_model(source)
+    config, origin = model.config, model.origin
+    adapters, _ = adapters_of(origin)
     if adapters is None and lora:
         raise UserError(f"{source} is no LoRA run, so there is no adapter in it; leave --lora out")
     if adapters and lora not in ("adapter", "merge"):
@@ -76,16 +76,16 @@ def export_hf(
             f"{source} is a LoRA run; say whether you want its adapter alone (--lora adapter) or a"
             " whole model (--lora merge)"
         )
-    where = params_folder(source, step)
+    where = source if model.is_hf else params_folder(source, step)
     if lora == "adapter":
         if verify:
             raise UserError("--verify compares whole models; give it with --lora merge")
-        _export_adapter(source, destination, config, origin, int(where.parent.name), dtype)
+        _export_adapter(model, destination, int(where.parent.name), dtype, base)
         if push_to_hub:
-            _push(destination, push_to_hub)
+            _push(destination, push_to_hub, public)
         return
-    reader = merged_reader(source, step) if adapters else ParamsReader(where, config)
-    untied, config = reader.config != config, reader.config
+    reader = merged_reader(source, step, base) if adapters else model.reader(step)
+    untied, config = adapters and reader.config != config, getattr(reader, "config", config)
     names = {(place.path, place.layer): name for name, place in places(config).items()}
     shapes = {name: place.shape for name, place in places(config).items()}
     dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
@@ -109,7 +109,7 @@ def export_hf(
                         " or type",
                         stacklevel=2,
                     )
-        copy_small_files(source / HF_FOLDER, partial)
+        copy_small_files(model.files, partial)
         _write_config(
             partial,
             {"vocab_size": config.vocab_size} | ({"tie_word_embeddings": False} if untied else {}),
@@ -125,12 +125,12 @@ def export_hf(
             )
         )
         if verify:
-            verify_logits(partial, source, step=step).check()
+            verify_logits(partial, source, step=step, base=base).check()
     if push_to_hub:
-        _push(destination, push_to_hub)
+        _push(destination, push_to_hub, public)
 
 
-def _dtype_of(path: str, dtype: str | None, origin: dict, reader: ParamsReader) -> np.dtype:
+def _dtype_of(path: str, dtype: str | None, origin: dict, reader: Reader) -> np.dtype:
     """The type to write: the one asked for, else that of the imported checkpoint, else that of our
     weights.
     """
@@ -140,7 +140,7 @@ def _dtype_of(path: str, dtype: str | None, origin: dict, reader: ParamsReader) 
 
 
 def _export_parameter(
-    reader: ParamsReader,
+    reader: Reader,
     path: str,
     names: dict[tuple[str, int | None], str],
     shapes: dict[str, tuple[int, ...]],
@@ -161,29 +161,30 @@ def _export_parameter(
         )
         for name, first, rows in tensors:
             rows = cast(
-                rows.reshape(-1, *shapes[name][1:])[: shapes[name][0] - first], dtypes[name]
+                # Nothing of a piece that lies wholly in the padding, below the tensor's last row.
+                rows.reshape(-1, *shapes[name][1:])[: max(0, shapes[name][0] - first)],
+                dtypes[name],
             )
             faults[name] = faults.get(name) or fault(rows)
-            writer.write(name, rows, first)
+            if len(rows):
+                writer.write(name, rows, first)
         bar.update(len(tensors) if stacked else 0)
     bar.update(not stacked)
     return {name: kind for name, kind in faults.items() if kind}
 
 
 def _export_adapter(
-    source: Path, destination: Path, config: ModelConfig, origin: dict, step: int, dtype: str | None
+    run: Model, destination: Path, step: int, dtype: str | None, base: str | Path | None
 ) -> None:
-    _, base = adapters_of(origin)
-    check_base(source, base)
+    base = base_of(run.folder, base)
     with new_folder(destination) as partial:
         stored = named_dtype(dtype or "float32")
-        write_adapter(partial, open_adapter(source, base, step), config, base_name(base), stored)
-        for name in TOKENIZER_FILES:
-            if (source / HF_FOLDER / name).is_file():
-                shutil.copyfile(source / HF_FOLDER / name, partial / name)
+        adapter = open_adapter(run.folder, base, step)
+        write_adapter(partial, adapter, run.config, base_name(base), stored)
+        copy_small_files(run.files, partial, TOKENIZER_FILES)
         card = model_card(
-            source,
-            origin | {"library_name": "peft"},
+            run.folder,
+            run.origin | {"library_name": "peft"},
             destination.absolute().name,
             step,
             speaks(vocabulary(partial)),
@@ -191,24 +192,25 @@ def _export_adapter(
         (partial / CARD).write_text(card)
 
 
-def _write_config(folder: Path, told: dict, dtypes: dict[str, np.dtype]) -> None:
+def _write_config(folder: Path, values: dict, dtypes: dict[str, np.dtype]) -> None:
     """The imported config, every key kept, with what is true of these weights."""
     config = read_json(folder / CONFIG)
     common = Counter(map(str, dtypes.values())).most_common(1)[0][0]
-    told |= {
+    values |= {
         dtype_key(config): common,
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
     }
-    write_json(folder / CONFIG, config | told)
+    write_json(folder / CONFIG, config | values)
 
 
-def _push(folder: Path, repo: str) -> None:
+def _push(folder: Path, repo: str, public: bool) -> None:
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
-        api.create_repo(repo, exist_ok=True)
+        # Private unless asked otherwise: what is published may be somebody's voice.
+        api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(
             folder_path=str(folder), repo_id=repo, commit_message="Exported by llasa-jax"
         )

@@ -1,11 +1,13 @@
-"""The small files of an HF checkpoint: which belong to a model, what they say, and what a model
-that speaks changes in them.
+"""An HF checkpoint's folder, found or downloaded, and its small files: which belong to a model,
+what they say, and what a model that speaks changes in them.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -14,11 +16,26 @@ from llasa_jax.errors import UserError, first_line
 from llasa_jax.runtime import files
 from llasa_jax.speech.vocab import MARKERS, SPEECH_GENERATION
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 KEPT = re.compile(
     r".*\.(json|jinja|model|txt|md)|LICEN[CS]E.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE
 )
+DOWNLOADED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+NOT_DOWNLOADED = ["original/*", "onnx/*", "consolidated*"]
 MORE_TEMPLATES = "additional_chat_templates"
 # What transformers writes for a tokenizer; all of it is replaced together.
 TOKENIZER_FILES = (
@@ -35,16 +52,70 @@ TOKENIZER_FILES = (
 PADS = ("<|finetune_right_pad_id|>", "<|end_of_text|>")
 
 
-def copy_small_files(source: Path, destination: Path) -> None:
-    """Copies a checkpoint's files other than weights, byte for byte: configs, tokenizer, chat
-    templates, card, licence.
+def locate(source: str | Path, weights: bool = True) -> tuple[Path, str]:
+    """The folder of a checkpoint, downloaded if `source` is a hub id (without its weights where
+    they are not wanted), and the name to know it by: never a path of this machine.
+    """
+    path = Path(source)
+    if path.is_dir():
+        cached = [part for part in path.absolute().parts if part.startswith("models--")]
+        name = cached[-1].removeprefix("models--").replace("--", "/") if cached else None
+        return path, name or path.resolve().name
+    source = str(source)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise UserError(
+            f"{source} holds no model: it is no folder and no hub id; give the folder of a model"
+            " or of a Hugging Face checkpoint, or an id such as HKUSTAudio/Llasa-1B"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = DOWNLOADED if weights else DOWNLOADED[1:]
+    try:
+        return (
+            Path(
+                snapshot_download(source, allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED)
+            ),
+            source,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error)
+        raise UserError(
+            f"{source} holds no model: it is no folder here and cannot be downloaded ({reason});"
+            " check name and network, and log in where the model is gated"
+        ) from error
+
+
+def copy_small_files(source: Path, destination: Path, names: Sequence[str] | None = None) -> None:
+    """Copies a checkpoint's files other than weights (or those of `names`), byte for byte: configs,
+    tokenizer, chat templates, card, licence. UserError where one is a symbolic link to a file
+    outside the checkpoint: what is copied here is published with a release.
     """
     destination.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and KEPT.fullmatch(path.name) and path.name != INDEX:
-            shutil.copyfile(path, destination / path.name)
-    if (source / MORE_TEMPLATES).is_dir():
-        shutil.copytree(source / MORE_TEMPLATES, destination / MORE_TEMPLATES)
+    paths = [path for path in source.iterdir() if KEPT.fullmatch(path.name) and path.name != INDEX]
+    more = source / MORE_TEMPLATES
+    for path in sorted([*paths, *(more.iterdir() if more.is_dir() else ())]):
+        if not path.is_file() or (names is not None and path.name not in names):
+            continue
+        if not _stays_inside(path, source):
+            raise UserError(
+                f"{path} is a symbolic link to {path.resolve()}, outside the checkpoint; replace"
+                " it by a copy of that file, or remove it"
+            )
+        copy = destination / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint's folder really lies there, or in the hub's cache, whose
+    folders hold links to the files of all revisions.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    absolute = folder.absolute()
+    caches = [parent for parent in absolute.parents if parent.name.startswith("models--")]
+    allowed = [folder, Path(HF_HUB_CACHE), *caches]
+    return any(path.resolve().is_relative_to(place.resolve()) for place in allowed)
 
 
 def read_json(path: Path) -> dict:
@@ -59,15 +130,16 @@ def write_json(path: Path, content: dict) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer in an HF folder, None if there is none. UserError where it cannot be read."""
     from transformers import AutoTokenizer
 
     if not (folder / TOKENIZER_CONFIG).is_file():
         return None
+    read_json(folder / TOKENIZER_CONFIG)
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 the tokenizers library raises plain Exceptions
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({first_line(error)}); download it again"
         ) from error
@@ -76,23 +148,31 @@ def load_tokenizer(folder: Path):
 def vocabulary(folder: Path) -> dict[str, int]:
     """Every token of the tokenizer in an HF folder and its id; empty if there is no tokenizer.
     UserError where it cannot be read.
-
-    Read from the files where they say it plainly: building a tokenizer of 193,800 tokens takes
-    seconds and half a gigabyte.
     """
+    from tokenizers import Tokenizer
+
+    # Without transformers, which takes seconds and half a gigabyte for 193,800 tokens.
     path = folder / TOKENIZER
-    content = read_json(path) if path.is_file() else {}
-    tokens = content.get("model", {}).get("vocab")
-    if not isinstance(tokens, dict):
+    if path.is_file():
+        read_json(path)
+        try:
+            tokens = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        except Exception as error:  # noqa: BLE001 the library raises plain Exceptions
+            raise UserError(
+                f"{path}: the tokenizer cannot be read ({first_line(error)}); download it again"
+            ) from error
+    else:
         tokenizer = load_tokenizer(folder)
-        return tokenizer.get_vocab() if tokenizer else {}
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        tokens = tokenizer.get_vocab() if tokenizer else {}
     config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-    old_style = {
-        token["content"]: int(number)
-        for number, token in config.get("added_tokens_decoder", {}).items()
-    }
-    return tokens | old_style | added
+    # Old checkpoints have added tokens that are in this file alone.
+    added = config.get("added_tokens_decoder", {})
+    try:
+        return {token["content"]: int(number) for number, token in added.items()} | tokens
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / TOKENIZER_CONFIG}: added_tokens_decoder is damaged; download it again"
+        ) from None
 
 
 def speaks(tokens: dict[str, int]) -> bool:
@@ -129,15 +209,11 @@ def licence(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` from the front matter of a model card, as far as
     they are there.
     """
-    card = folder / CARD
-    match = (
-        re.match(r"---\s*\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
-        if card.is_file()
-        else None
-    )
+    from huggingface_hub import metadata_load
+
     try:
-        front = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
+        front = metadata_load(folder / CARD) if (folder / CARD).is_file() else {}
+    except (ValueError, yaml.YAMLError):
         front = {}
     front = front if isinstance(front, dict) else {}
     return {

@@ -1,10 +1,8 @@
 """`llasa-jax import-hf`: an HF checkpoint becomes a model's folder of ours, tensor by tensor."""
 
 import dataclasses
-import re
 import threading
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,35 +17,25 @@ from llasa_jax.convert.hf_files import (
     copy_small_files,
     licence,
     load_tokenizer,
+    locate,
     read_json,
     speaks,
     vocabulary,
     write_generation_config,
     write_json,
 )
+from llasa_jax.convert.load_hf import HfReader
 from llasa_jax.convert.model_folder import HF_FOLDER, PARAMS, write_description
-from llasa_jax.convert.names import EMBED, HEAD, Place, check_names, our_shapes
+from llasa_jax.convert.names import EMBED, HEAD, Place, our_shapes
 from llasa_jax.convert.params_io import ParamsWriter
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast, fault, named_dtype
-from llasa_jax.errors import UserError, first_line
+from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.runtime.files import new_folder
 from llasa_jax.speech.vocab import extend_tokenizer
 
 COMPARED_ROWS = 4096
 WORKERS = 4  # threads, each with one tensor in memory
-DOWNLOADED = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.md",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
-NOT_DOWNLOADED = ["original/*", "onnx/*", "consolidated*"]
 
 
 def import_hf(
@@ -68,10 +56,8 @@ def import_hf(
     """
     folder, name = locate(str(source))
     config = model_config(read_json(folder / CONFIG), folder / CONFIG)
-    checkpoint = SafetensorsFolder(folder)
-    table = check_names(
-        {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config, str(folder)
-    )
+    source_reader = HfReader(folder, config)
+    checkpoint, table = source_reader.checkpoint, source_reader.table
     tokens = vocabulary(folder)
     old_vocab = config.vocab_size
     if extend_vocab:
@@ -99,8 +85,6 @@ def import_hf(
         copy_small_files(folder, partial / HF_FOLDER)
         if extend_vocab:
             _write_extended(partial / HF_FOLDER, tokenizer)
-        writer = ParamsWriter(partial / PARAMS, config, dtypes)
-
         # Each thread reads layers into memory of its own, again and again: fresh pages take as long
         # to clear as to fill.
         own = threading.local()
@@ -118,9 +102,12 @@ def import_hf(
                 checkpoint, name, place, config, dtypes[place.path], writer, added, own.memory
             )
 
-        with ThreadPoolExecutor(
-            WORKERS, initializer=lambda: setattr(own, "memory", np.empty(largest, np.uint8))
-        ) as pool:
+        with (
+            ParamsWriter(partial / PARAMS, config, dtypes) as writer,
+            ThreadPoolExecutor(
+                WORKERS, initializer=lambda: setattr(own, "memory", np.empty(largest, np.uint8))
+            ) as pool,
+        ):
             for faults in tqdm(
                 pool.map(convert, table.items()),
                 "importing",
@@ -131,42 +118,10 @@ def import_hf(
                 for fault_ in faults:
                     warnings.warn(fault_, stacklevel=2)
         write_description(
-            partial, config, {"base_model": name, **licence(folder), **_original_dtypes(found)}
+            partial,
+            config,
+            {"base_model": name, **licence(folder), **source_reader.original_dtypes()},
         )
-
-
-def locate(source: str) -> tuple[Path, str]:
-    """The folder of a checkpoint, downloaded if `source` is a hub id, and the name to know it by:
-    never a path of this machine.
-    """
-    path = Path(source)
-    if path.is_dir():
-        cached = [part for part in path.absolute().parts if part.startswith("models--")]
-        return path, (
-            cached[-1].removeprefix("models--").replace("--", "/")
-            if cached
-            else path.resolve().name
-        )
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise UserError(
-            f"{source} is no folder and no hub id; give an HF checkpoint's folder or an id such as"
-            " HKUSTAudio/Llasa-1B"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return (
-            Path(
-                snapshot_download(source, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
-            ),
-            source,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{source} is no folder here and cannot be downloaded ({reason}); check name and"
-            " network, and log in where the model is gated"
-        ) from error
 
 
 def _import_tensor(
@@ -221,17 +176,6 @@ def _dtypes(
                 f" {dtypes[place.path]}; choose one with --dtype"
             )
     return dtypes
-
-
-def _original_dtypes(dtypes: dict[str, np.dtype]) -> dict:
-    """What an export goes back to: the checkpoint's type, and that of the parameters which have
-    another.
-    """
-    common = Counter(dtypes.values()).most_common(1)[0][0]
-    return {
-        "dtype": str(common),
-        "other_dtypes": {path: str(dtype) for path, dtype in dtypes.items() if dtype != common},
-    }
 
 
 def _compare_head(checkpoint: SafetensorsFolder) -> None:

@@ -1,8 +1,11 @@
-"""An HF checkpoint straight onto a mesh: each tensor is read once, into the shards that this host's
-devices hold.
+"""A Hugging Face checkpoint read as ours: each tensor straight into the shards that this host's
+devices hold, or piece by piece.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import jax
@@ -12,46 +15,78 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.convert.hf_config import model_config
 from llasa_jax.convert.hf_files import CONFIG, read_json
-from llasa_jax.convert.names import check_names
+from llasa_jax.convert.names import check_names, our_shapes
+from llasa_jax.convert.params_io import restore
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast
+from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.sharding import abstract_params
 
 PIECE_BYTES = 64 << 20
 
 
-def load_params_from_hf(folder: Path, mesh: Mesh, dtype) -> dict:
-    """Our parameter tree in `dtype`, sharded over `mesh`, from an HF checkpoint's folder. Raises
-    UserError as `import_hf` does.
+class HfReader:
+    """The parameters of a Hugging Face checkpoint's folder, by our paths. `dtypes` gives the stored
+    type by path. Raises UserError for what is no such checkpoint.
+    """
 
-    Beside what the devices hold, a host's memory takes one tensor's shards at a time. Hosts read
-    only the rows that their devices hold; of rows that are split over hosts along their length,
-    each reads all and keeps its part.
+    def __init__(self, folder: Path, config: ModelConfig):
+        self.checkpoint, self.config = SafetensorsFolder(folder), config
+        found = {name: tensor.shape for name, tensor in self.checkpoint.tensors.items()}
+        self.table = check_names(found, config, str(folder))
+        self._names: dict[str, dict[int, str]] = {}
+        for name, place in self.table.items():
+            self._names.setdefault(place.path, {})[place.layer or 0] = name
+        self.dtypes = {
+            path: self.checkpoint.tensors[names[0]].dtype for path, names in self._names.items()
+        }
+
+    def original_dtypes(self) -> dict:
+        """What an export goes back to: the checkpoint's type, and that of the parameters which have
+        another. Part of a model's origin.
+        """
+        common = Counter(self.dtypes.values()).most_common(1)[0][0]
+        others = {path: str(dtype) for path, dtype in self.dtypes.items() if dtype != common}
+        return {"dtype": str(common), "other_dtypes": others}
+
+    def pieces(self, path: str) -> Iterator[tuple[int, np.ndarray]]:
+        """A layer, or some rows of a table, at a time. Tables come without rows of padding."""
+        shape, names = our_shapes(self.config)[path], self._names[path]
+        for layer, name in sorted(names.items()):
+            tensor = self.checkpoint.tensors[name]
+            if path.startswith("layers."):
+                yield layer, self.checkpoint.read(name).reshape(1, *shape[1:])
+                continue
+            step = max(1, PIECE_BYTES * tensor.shape[0] // tensor.bytes)
+            for start in range(0, tensor.shape[0], step):
+                yield start, self.checkpoint.read(name, start, start + step)
+
+    def onto(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        """One parameter in the shards and the type of `target`.
+
+        Beside what the devices hold, a host's memory takes one tensor's shards at a time. Hosts
+        read only the rows that their devices hold; of rows that are split over hosts along their
+        length, each reads all and keeps its part.
+        """
+        names, sharding = self._names[path], target.sharding
+        if not path.startswith("layers."):
+            return _load(self.checkpoint, names[0], target.shape, sharding, target.dtype)
+        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        empty = partial(jnp.zeros, target.shape, target.dtype)
+        stack = jax.jit(empty, out_shardings=sharding)()
+        for layer, name in sorted(names.items()):
+            shape = target.shape[1:]
+            part = _load(self.checkpoint, name, shape, layer_sharding, target.dtype)
+            stack = _put(stack, part, layer)
+        return stack
+
+
+def load_params_from_hf(folder: Path, mesh: Mesh, dtype) -> dict:
+    """Our parameter tree in `dtype`, sharded over `mesh`, from a Hugging Face checkpoint's folder.
+    Raises UserError as `import_hf` does.
     """
     folder = Path(folder)
     config = model_config(read_json(folder / CONFIG), folder / CONFIG)
-    checkpoint = SafetensorsFolder(folder)
-    table = check_names(
-        {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config, str(folder)
-    )
-    params = abstract_params(config, mesh, jnp.dtype(dtype))
-    for name, place in table.items():
-        *above, leaf = place.path.split(".")
-        tree = params[above[0]] if above else params
-        target = tree[leaf]
-        if place.layer is None:
-            tree[leaf] = _load(checkpoint, name, target.shape, target.sharding, target.dtype)
-            continue
-        if isinstance(target, jax.ShapeDtypeStruct):
-            target = jax.jit(
-                partial(jnp.zeros, target.shape, target.dtype), out_shardings=target.sharding
-            )()
-        layer_sharding = NamedSharding(mesh, PartitionSpec(*target.sharding.spec[1:]))
-        tree[leaf] = _put(
-            target,
-            _load(checkpoint, name, target.shape[1:], layer_sharding, target.dtype),
-            place.layer,
-        )
-    return params
+    return restore(HfReader(folder, config), abstract_params(config, mesh, jnp.dtype(dtype)))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -71,10 +106,9 @@ def _load(
     tensor = checkpoint.tensors[name]
     ours = {bounds(index) for index in sharding.addressable_devices_indices_map(shape).values()}
     shards = {box: np.zeros([stop - start for start, stop in box], dtype) for box in ours}
-    hf_rows = max(
-        1, tensor.shape[0] // shape[0]
-    )  # in one of our rows: the head's width, where it has been split off
-    step = max(1, PIECE_BYTES // (hf_rows * int(np.prod(tensor.shape[1:])) * tensor.dtype.itemsize))
+    # Rows of the tensor in one of ours: the width of a head, where heads are a dimension.
+    hf_rows = max(1, tensor.shape[0] // shape[0])
+    step = max(1, PIECE_BYTES // (hf_rows * prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for start in range(min(box[0][0] for box in ours), max(box[0][1] for box in ours), step):
         rows = checkpoint.read(name, start * hf_rows, (start + step) * hf_rows).reshape(
             -1, *shape[1:]

@@ -1,86 +1,155 @@
-"""A model on disk, as this project keeps it.
+"""A model on disk: ours, a training run's, or a Hugging Face checkpoint's.
+
+Ours is a folder of
 
     model.json     its geometry (`ModelConfig`) and where it came from
-hf/            the HF checkpoint's small files, byte for byte: config, generation config, tokenizer
-    params/        the weights, an Orbax checkpoint
+    hf/            the HF checkpoint's small files, byte for byte: configs and tokenizer
+    params/        the weights, an Orbax checkpoint, with their checksums
 
 A training run's folder is laid out alike, with `checkpoints/STEP/params` in place of `params`, so
 that whatever takes a model takes a run as well and means its latest step. A LoRA run's checkpoints
-hold only what was trained; the rest is read from its base, which `model.json` names, and whose
-fingerprint each checkpoint has.
+hold only what was trained; the rest is read from its base. `model.json` says where that lay, and
+each checkpoint has its fingerprint: the base may be moved or copied, but not changed.
+
+Wherever a model is named, the folder of a Hugging Face checkpoint or its id on the hub will do too.
 """
 
 import dataclasses
 import hashlib
 import json
-import shutil
-from functools import partial
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from llasa_jax.convert import hf_files
+from llasa_jax.convert.hf_config import model_config
+from llasa_jax.convert.load_hf import HfReader
+from llasa_jax.convert.names import our_shapes
+from llasa_jax.convert.params_io import (
+    ABOUT,
+    ParamsReader,
+    computed_checksums,
+    recorded_checksums,
+    restore,
+    tree_shapes,
+    write_checksums,
+)
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.model.checksum import checksums
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization, RopeScaling
 from llasa_jax.model.lora import join, split
 from llasa_jax.model.quantize import Quantized, quantize_stack
 from llasa_jax.model.sharding import abstract_params
-from llasa_jax.runtime.files import read_json
+from llasa_jax.runtime.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL_FILE, HF_FOLDER, PARAMS, CHECKPOINTS, ABOUT = (
-    "model.json",
-    "hf",
-    "params",
-    "checkpoints",
-    "about",
-)
+MODEL_FILE, HF_FOLDER, PARAMS, CHECKPOINTS = "model.json", "hf", "params", "checkpoints"
 CHUNK_BYTES = 64 << 20
 
 
-def write_description(folder: Path, config: ModelConfig, source: dict) -> None:
-    """Writes `model.json`. `source` says where the weights came from: at least `base_model`, HF's
-    id or path of the start.
+@dataclass(frozen=True)
+class Model:
+    """A model that can be read. `files` is the folder of its config.json and tokenizer, `origin`
+    says where the weights came from: at least `base_model`, HF's id or the name of the start.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL_FILE).write_text(
-        json.dumps({"config": dataclasses.asdict(config), "source": source}, indent=2) + "\n"
-    )
+
+    folder: Path
+    config: ModelConfig
+    origin: dict
+    files: Path
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether this is a Hugging Face checkpoint, with its own weights files."""
+        return self.files == self.folder
+
+    def reader(self, step: int | None = None) -> ParamsReader | HfReader:
+        """Its weights, those of a run at `step` (the latest by default). UserError where there are
+        none, or they do not fit the geometry.
+        """
+        if self.is_hf:
+            return HfReader(self.folder, self.config)
+        return ParamsReader(params_folder(self.folder, step), our_shapes(self.config))
+
+    def fingerprint(self, step: int | None = None) -> str:
+        """What tells these weights from all others, whatever their mesh, chunks and files: a hash
+        of all checksums. Read from what was recorded when they were saved, else from all weights.
+        """
+        sums = {} if self.is_hf else recorded_checksums(params_folder(self.folder, step))
+        sums = sums or computed_checksums(self.reader(step))
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_description(folder: Path) -> tuple[ModelConfig, dict]:
-    """The geometry and the source from `model.json`. UserError if the folder holds no model."""
-    path = Path(folder) / MODEL_FILE
-    if not path.is_file():
+def open_model(model: str | Path, weights: bool = True) -> Model:
+    """The model in a folder of ours, in a training run's, in a Hugging Face checkpoint's, or with
+    such an id on the hub, which is downloaded (only its small files unless `weights` are wanted).
+    UserError where there is no model, or its description is damaged.
+    """
+    folder, name = hf_files.locate(model, weights)
+    path = folder / MODEL_FILE
+    if path.is_file():
+        return Model(folder, *_description(path), folder / HF_FOLDER)
+    if not (folder / hf_files.CONFIG).is_file():
         raise UserError(
-            f"{folder} holds no model, it has no {MODEL_FILE}; make one with `llasa-jax import-hf"
-            f" HF_FOLDER {folder}`"
+            f"{folder} holds no model: it has no {MODEL_FILE}, as a model of ours or a run, and no"
+            f" {hf_files.CONFIG}, as a Hugging Face checkpoint"
         )
+    path = folder / hf_files.CONFIG
+    config = model_config(hf_files.read_json(path), path)
+    origin = {"base_model": name, **hf_files.licence(folder)}
+    if weights:
+        origin |= HfReader(folder, config).original_dtypes()
+    return Model(folder, config, origin, folder)
+
+
+def _description(path: Path) -> tuple[ModelConfig, dict]:
     description = read_json(path, "the model's description", fix="import the model again")
     try:
-        config = description["config"]
+        config = dict(description["config"])
         if config["rope_scaling"] is not None:
             config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
-        return ModelConfig(**config), dict(description["source"])
-    except (KeyError, TypeError, ValueError) as error:
+        config = ModelConfig(**config)
+        found, wanted = dataclasses.asdict(config), ModelConfig.__annotations__
+        for name, kind in wanted.items():
+            value = found[name]
+            if kind in (int, float, bool) and (
+                type(value) not in ((int, float) if kind is float else (kind,)) or value < 0
+            ):
+                raise ValueError(f"{name} is {value!r}")
+        return config, dict(description["source"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: the model's description is damaged ({type(error).__name__}:"
             f" {first_line(error)}); import the model again"
         ) from error
 
 
-def copy_description(source: Path, destination: Path) -> None:
+def write_description(folder: Path, config: ModelConfig, source: dict) -> None:
+    """Writes `model.json`. `source` is the `origin` of a `Model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"config": dataclasses.asdict(config), "source": source}
+    write_whole(folder / MODEL_FILE, json.dumps(description, indent=2) + "\n")
+
+
+def read_description(folder: str | Path) -> tuple[ModelConfig, dict]:
+    """The geometry and the origin of a model, as `open_model` finds it."""
+    model = open_model(folder)
+    return model.config, model.origin
+
+
+def copy_description(source: str | Path, destination: Path) -> None:
     """Copies all that is not weights, so that a training run's folder stands alone."""
-    destination.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / MODEL_FILE, destination / MODEL_FILE)
-    shutil.copytree(source / HF_FOLDER, destination / HF_FOLDER, dirs_exist_ok=True)
+    model = open_model(source)
+    write_description(destination, model.config, model.origin)
+    hf_files.copy_small_files(model.files, destination / HF_FOLDER)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -97,22 +166,30 @@ def saved_steps(folder: Path) -> list[int]:
 
 def read_about(folder: Path, step: int) -> dict:
     """What a run noted beside a checkpoint; nothing if that is damaged."""
+    path = folder / CHECKPOINTS / str(step) / ABOUT / "metadata"
     try:
-        return read_json(folder / CHECKPOINTS / str(step) / ABOUT / "metadata", "the note")
+        return read_json(path, "the checkpoint's note")
     except UserError:
         return {}
 
 
 def adapters_of(source: dict) -> tuple[AdapterConfig | None, Path | None]:
-    """The adapters of a LoRA run and the folder of its base, from the source in `model.json`; None
-    and None for other models.
+    """The adapters of a LoRA run and its base, a folder or hub id, from the origin in `model.json`;
+    None and None for other models.
     """
     if "lora" not in source:
         return None, None
-    told = source["lora"]["adapters"]
-    return AdapterConfig(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-    ), Path(source["lora"]["base"])
+    try:
+        values = source["lora"]["adapters"].items()
+        adapters = AdapterConfig(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values}
+        )
+        return adapters, Path(source["lora"]["base"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the adapters in a LoRA run's {MODEL_FILE} are damaged ({first_line(error)}); give"
+            " the command that trained it again, which writes the file anew"
+        ) from error
 
 
 def quantization_of(source: dict) -> Quantization:
@@ -142,19 +219,21 @@ def params_folder(folder: Path, step: int | None = None) -> Path:
     return folder / CHECKPOINTS / str(steps[-1] if step is None else step) / PARAMS
 
 
-def load_params(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dict:
+def load_params(
+    folder: str | Path, mesh: Mesh, dtype, step: int | None = None, base: str | Path | None = None
+) -> dict:
     """The weights, each read straight into its shards on `mesh` and cast to `dtype`.
 
     A LoRA run's are its base's and its adapters, as one tree for a `Llama` with the adapters of
-    `adapters_of`. UserError where the base is not there any more, or is another model.
+    `adapters_of`; `base` says where the base lies now, by default where it lay. UserError where it
+    is not there, or is another model, and where a weight's checksum is not the recorded one.
     """
     config, source = read_description(folder)
-    adapters, base = adapters_of(source)
+    adapters, _ = adapters_of(source)
     if adapters is None:
         return restore_params(folder, abstract_params(config, mesh, dtype), step)
     trained = load_trained(folder, mesh, dtype, step)
-    base_params = load_base(folder, mesh, dtype, step)
-    return join(base_params, trained)
+    return join(load_base(folder, mesh, dtype, step, base), trained)
 
 
 def load_trained(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dict:
@@ -166,29 +245,37 @@ def load_trained(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> di
     )
 
 
-def load_base(folder: Path, mesh: Mesh, dtype, step: int | None = None) -> dict:
+def load_base(
+    folder: Path, mesh: Mesh, dtype, step: int | None = None, base: str | Path | None = None
+) -> dict:
     """The weights of a LoRA run's base, quantised as in training.
 
     UserError where it is not there, or is another than the checkpoint of `step` was made with.
     """
     config, source = read_description(folder)
-    _, base = adapters_of(source)
-    check_base(folder, base)
-    params = restore_params(
+    base = base_of(folder, base)
+    number = params_folder(folder, step).parent.name
+    check_fingerprint(folder, number, base, open_model(base).fingerprint())
+    return restore_params(
         base, abstract_params(config, mesh, dtype, quantization=quantization_of(source))
     )
-    check_fingerprint(
-        folder, params_folder(folder, step).parent.name, base, fingerprint(params, mesh, base)
-    )
-    return params
+
+
+def base_of(run: Path, base: str | Path | None = None) -> Path:
+    """Where the base of the LoRA run `run` lies: in `base`, or where it lay in training. UserError
+    where it is not there.
+    """
+    base = Path(base or adapters_of(read_description(run)[1])[1])
+    check_base(run, base)
+    return base
 
 
 def check_base(run: Path, base: Path) -> None:
-    """UserError where the base of the LoRA run `run` is not there."""
-    if not (base / MODEL_FILE).is_file():
+    """UserError where the base of the LoRA run `run` is not there. What can be a hub id passes."""
+    if base.is_absolute() and not base.is_dir():
         raise UserError(
-            f"{run} holds adapters for the model in {base}, which is not there; put it back, for"
-            " they are nothing without it"
+            f"{run} holds adapters for the model in {base}, which is not there; put it back, or say"
+            " where it lies now (--base)"
         )
 
 
@@ -204,78 +291,36 @@ def check_fingerprint(run: Path, step: int | str, base: Path, found: str) -> Non
         )
 
 
-def fingerprint(params: dict, mesh: Mesh, folder: Path) -> str:
-    """What tells the weights `params` of the model in `folder` from others': see `digest`. What is
-    quantised is read again.
-    """
-    layers = params["layers"]
-    if isinstance(layers["v"], Quantized):
-        layers = layers | {"v": _restore_whole(params_folder(folder).absolute(), "v", layers["v"])}
-
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def sample(norm, attn_norm, mlp_norm, v):
-        return norm, attn_norm, mlp_norm, v[:, 0, 0]
-
-    return digest(
-        *sample(params["norm"], *(layers[name] for name in ("attn_norm", "mlp_norm", "v")))
-    )
-
-
-def digest(*samples: np.ndarray) -> str:
-    """A hash of a model's norm, of all its attn_norm and mlp_norm, and of the first row of every
-    layer's v, rounded to bfloat16.
-    """
-    return hashlib.sha256(
-        b"".join(np.asarray(x).astype(jnp.bfloat16).tobytes() for x in samples)
-    ).hexdigest()[:16]
-
-
-def restore_params(folder: Path, target: dict, step: int | None = None) -> dict:
-    """The weights as `target`, a tree of `ShapeDtypeStruct`s with shardings, has them.
+def restore_params(folder: str | Path, target: dict, step: int | None = None) -> dict:
+    """The weights as `target`, a tree of `ShapeDtypeStruct`s with shardings, has them. UserError
+    where they are damaged.
 
     Where it has `Quantized`, one weight (of all layers) at a time is read as bfloat16 and
     quantised, so that devices never hold more.
     """
-    where = params_folder(folder, step).absolute()
-    kept = {
-        name: leaf for name, leaf in target.get("layers", {}).items() if isinstance(leaf, Quantized)
-    }
-    if not kept:
-        return _restore(where, target)
-    largest_first = sorted(kept, key=lambda name: prod(kept[name].shape), reverse=True)
-    quantised = {
-        name: quantize_stack(_restore_whole(where, name, kept[name]), kept[name])
-        for name in largest_first
-    }
-    params = _restore(
-        where,
-        target
-        | {"layers": {name: leaf for name, leaf in target["layers"].items() if name not in kept}},
-    )
-    return params | {"layers": params["layers"] | quantised}
-
-
-def _restore_whole(where: Path, name: str, kept: Quantized) -> jax.Array:
-    """A layers' matrix as it was before it was quantised, in bfloat16."""
-    weight = jax.ShapeDtypeStruct(kept.shape, jnp.bfloat16, sharding=kept.codes.sharding)
-    return _restore(where, {"layers": {name: weight}})["layers"][name]
-
-
-def _restore(where: Path, target: dict) -> dict:
-    """Some of the weights in `where`: those that `target` names."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        args = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        return checkpointer.restore(where, args=args)
+    model = open_model(folder)
+    if model.is_hf:
+        reader = model.reader()
+    else:
+        reader = ParamsReader(params_folder(model.folder, step), tree_shapes(target))
+    layers = target.get("layers", {})
+    kept = {name: leaf for name, leaf in layers.items() if isinstance(leaf, Quantized)}
+    quantised = {}
+    for name in sorted(kept, key=lambda name: prod(kept[name].shape), reverse=True):
+        sharding = kept[name].codes.sharding
+        whole = jax.ShapeDtypeStruct(kept[name].shape, jnp.bfloat16, sharding=sharding)
+        quantised[name] = quantize_stack(reader.onto(f"layers.{name}", whole), kept[name])
+    others = {name: leaf for name, leaf in layers.items() if name not in kept}
+    params = restore(reader, target | ({"layers": others} if layers else {}))
+    return params | ({"layers": params["layers"] | quantised} if layers else {})
 
 
 def save_params(folder: Path, params: dict) -> None:
-    """Writes `params/` into a model's folder."""
+    """Writes `params/`, with its checksums, into a model's folder."""
+    where = (Path(folder) / PARAMS).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((Path(folder) / PARAMS).absolute(), params, save_args=chunking(params))
+        checkpointer.save(where, params, save_args=chunking(params))
+    write_checksums(where, checksums(params))
 
 
 def chunking(params: dict) -> dict:
@@ -293,14 +338,16 @@ def chunking(params: dict) -> dict:
     return jax.tree.map_with_path(save_args, params)
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer that a model's folder carries. UserError if it carries none."""
-    from transformers import AutoTokenizer
-
-    where = Path(folder) / HF_FOLDER
-    if not (where / "tokenizer_config.json").is_file():
+def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model, as `open_model` finds it. UserError if it has none, or it cannot be
+    read.
+    """
+    folder, _ = hf_files.locate(model, weights=False)
+    files = folder / HF_FOLDER if (folder / HF_FOLDER).is_dir() else folder
+    tokenizer = hf_files.load_tokenizer(files)
+    if tokenizer is None:
         raise UserError(
-            f"{folder} holds no tokenizer ({HF_FOLDER}/tokenizer_config.json is missing); import"
-            " the model again"
+            f"{model} holds no tokenizer ({files / hf_files.TOKENIZER_CONFIG} is missing); add"
+            " the tokenizer's files, or import the model again"
         )
-    return AutoTokenizer.from_pretrained(where)
+    return tokenizer

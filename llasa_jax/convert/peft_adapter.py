@@ -20,17 +20,17 @@ import numpy as np
 
 from llasa_jax.convert.hf_files import read_json, write_json
 from llasa_jax.convert.model_folder import (
+    CHECKPOINTS,
     MODEL_FILE,
-    PARAMS,
+    Model,
     adapters_of,
     check_fingerprint,
-    digest,
     load_trained,
+    open_model,
     params_folder,
     read_description,
 )
 from llasa_jax.convert.names import EMBED, HEAD, LAYER, TOP, places
-from llasa_jax.convert.params_io import ParamsReader
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, SafetensorsWriter, cast
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import AdapterConfig, ModelConfig
@@ -72,48 +72,42 @@ ONLY = {
 }
 
 
-def base_name(folder: Path) -> str:
-    """What an adapter's config calls the model in a folder: HF's id or path of what was imported,
-    or the run's name.
+def base_name(model: str | Path) -> str:
+    """What an adapter's config calls a model: HF's id or path of what was imported, or the name of
+    the run.
     """
-    return (
-        read_description(folder)[1].get("base_model", "")
-        if (Path(folder) / PARAMS).is_dir()
-        else Path(folder).name
-    )
+    model = Path(model)
+    is_run = (model / CHECKPOINTS).is_dir()
+    return model.name if is_run else open_model(model, weights=False).origin.get("base_model", "")
 
 
-def open_adapter(folder: Path, base: Path, step: int | None = None) -> Adapter:
+def open_adapter(folder: Path, base: str | Path, step: int | None = None) -> Adapter:
     """The adapter in `folder`, PEFT's or a LoRA run's (at `step`, the latest by default), for the
-    model in `base`.
+    model `base`.
 
-    UserError where it was made for another base, by name or by shape, and for what is no LoRA
-    adapter or asks for what is not done here.
+    UserError where it was made for another base, by name, shape or fingerprint, and for what is no
+    LoRA adapter or asks for what is not done here.
     """
-    folder, base = Path(folder), Path(base)
-    config, _ = read_description(base)
-    if (folder / MODEL_FILE).is_file():
-        theirs, source = read_description(folder)
-        adapters, its_base = adapters_of(source)
-        if adapters is None:
-            raise UserError(
-                f"{folder} is a model of its own and no adapter; give it as the model, without"
-                f" {base}"
-            )
-        if its_base.absolute() != base.absolute() or theirs != config:
-            raise UserError(
-                f"the adapters in {folder} were made for {its_base}, not for {base}; use them with"
-                " their own base"
-            )
-        step = int(params_folder(folder, step).parent.name)
-        _check_weights(folder, step, base, config)
-        mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
-        return Adapter(
-            adapters,
-            jax.device_get(load_trained(folder, mesh, np.float32, step)),
-            source.get("prompt"),
+    folder = Path(folder)
+    model = open_model(base)
+    if not (folder / MODEL_FILE).is_file():
+        return _read(folder, model, base_name(base))
+    config, origin = read_description(folder)
+    adapters, trained_over = adapters_of(origin)
+    if adapters is None:
+        raise UserError(
+            f"{folder} is a model of its own and no adapter; give it as the model, without {base}"
         )
-    return _read(folder, config, base_name(base))
+    if config != model.config:
+        raise UserError(
+            f"the adapters in {folder} were made for {trained_over}, not for {base}, which is of"
+            " another geometry; use them with their own base"
+        )
+    step = int(params_folder(folder, step).parent.name)
+    check_fingerprint(folder, step, Path(base), model.fingerprint())
+    mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+    params = jax.device_get(load_trained(folder, mesh, np.float32, step))
+    return Adapter(adapters, params, origin.get("prompt"))
 
 
 def open_adapters(folders: Sequence[str], base: Path, texts: int) -> list[Adapter | None]:
@@ -134,18 +128,8 @@ def open_adapters(folders: Sequence[str], base: Path, texts: int) -> list[Adapte
     ]
 
 
-def _check_weights(run: Path, step: int, base: Path, config: ModelConfig) -> None:
-    """UserError where the base's weights differ from those of the LoRA run's checkpoint."""
-    reader = ParamsReader(params_folder(base), config)
-
-    def sample(path: str, first: tuple[int, ...]) -> np.ndarray:
-        return np.concatenate([piece[(slice(None), *first)] for _, piece in reader.pieces(path)])
-
-    samples = [sample(path, ()) for path in ("norm", "layers.attn_norm", "layers.mlp_norm")]
-    check_fingerprint(run, step, base, digest(*samples, sample("layers.v", (0, 0))))
-
-
-def _read(folder: Path, config: ModelConfig, base: str) -> Adapter:
+def _read(folder: Path, model: Model, base: str) -> Adapter:
+    config = model.config
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"{folder} holds no adapter: it has neither PEFT's {CONFIG} nor a LoRA run's"

@@ -2,8 +2,9 @@
 place in the file.
 
 The format (huggingface/safetensors, README): the header's length as 8 bytes little-endian, the
-header as JSON, the tensors' bytes. Memory maps, which the library reads through, are avoided: their
-pages count as this process's memory.
+header as JSON, the tensors' bytes. The library reads and checks headers. Bytes are read here: its
+memory maps count as this process's memory, and its `pread` backend (0.8.0) reads slices of a matrix
+at 0.03 GB/s where plain reads do 2 GB/s.
 """
 
 import json
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from llasa_jax.convert.direct_file import ALIGNMENT, DirectFile
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, first_line, listed
 from llasa_jax.runtime.files import read_json
 
 DTYPES = {
@@ -59,8 +61,8 @@ class SafetensorsFolder:
                 if name in self.tensors:
                     both = f"{self.tensors[name].file.name} and {file}"
                     raise UserError(
-                        f"{self.folder}: the tensor {name} is in both {both}; remove the file that"
-                        " the index does not mean"
+                        f"{self.folder}: the tensor {name[:200]} is in both {both}; remove the file"
+                        " that the index does not mean"
                     )
                 self.tensors[name] = tensor
         lost = [
@@ -70,7 +72,8 @@ class SafetensorsFolder:
         ]
         if lost:
             raise UserError(
-                f"{self.folder / INDEX} names {lost[0]} in {weight_map[lost[0]]}, which lacks it;"
+                f"{self.folder / INDEX} names {listed(lost[:1])} in {weight_map[lost[0]]}, which"
+                " lacks it;"
                 " download the checkpoint again"
             )
 
@@ -80,17 +83,17 @@ class SafetensorsFolder:
             if not (self.folder / self._single).is_file():
                 self._refuse()
             return {}
-        try:
-            content = read_json(index, "the checkpoint's index", fix="download it again")
-            weight_map = content["weight_map"]
-            absent = sorted(
-                {file for file in weight_map.values() if not (self.folder / file).is_file()}
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is damaged; download it again") from None
+        weight_map = read_json(index, "the checkpoint's index", fix="download it again").get(
+            "weight_map"
+        )
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise UserError(f"{index} is damaged; download it again")
+        absent = sorted(
+            {file for file in weight_map.values() if not (self.folder / file).is_file()}
+        )
         if absent or not weight_map:
             raise UserError(
-                f"{index} names {', '.join(absent) or 'no file'}, and that is not there; download"
+                f"{index} names {listed(absent) or 'no file'}, and that is not there; download"
                 " the checkpoint again"
             )
         return weight_map
@@ -102,9 +105,8 @@ class SafetensorsFolder:
         if pickles:
             raise UserError(
                 f"{self.folder} holds only pickles ({pickles[0]}), which can run any code as they"
-                " are read; where you trust them, let transformers rewrite them:"
-                " AutoModelForCausalLM.from_pretrained(FOLDER,"
-                " dtype='auto').save_pretrained(NEW_FOLDER)"
+                f" are read; convert them first: `python convert/pickle_to_safetensors.py"
+                f" {self.folder} NEW_FOLDER`, or save_pretrained of transformers"
             )
         raise UserError(
             f"{self.folder} holds no {SINGLE} and no {INDEX}; give the folder of a complete HF"
@@ -136,39 +138,39 @@ class SafetensorsFolder:
         return array.view(tensor.dtype).reshape(len(rows), *tensor.shape[1:])
 
 
+def _is_file_name(name: object) -> bool:
+    """Whether an index may name this file: one beside it, which a file system can hold."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[^/\\\0]{1,200}", name))
+
+
 def _read_header(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{path} is truncated or no safetensors file; download it again")
-        try:
-            header = json.loads(file.read(length))
-            entries = [
-                (name, e["dtype"], tuple(e["shape"]), *e["data_offsets"])
-                for name, e in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} has a damaged header; download it again") from None
-    tensors, start = {}, 8 + length
-    for name, code, shape, begin, end in sorted(entries, key=lambda entry: entry[3]):
+    if size < 8 or length > size - 8:
+        raise UserError(f"{path} is truncated or not a safetensors file; download it again")
+    try:
+        # The library checks the header: types, sizes, and that no two tensors share bytes.
+        with safe_open(path, framework="np", backend="pread") as header:
+            slices = [(name, header.get_slice(name)) for name in header.offset_keys()]
+            entries = [(name, each.get_dtype(), tuple(each.get_shape())) for name, each in slices]
+    except SafetensorError as error:
+        if "not fully covered" in str(error):
+            raise UserError(
+                f"{path} is truncated, or holds bytes of no tensor; download it again"
+            ) from None
+        raise UserError(
+            f"{path} has a damaged header ({first_line(error)}); download it again"
+        ) from None
+    tensors, offset = {}, 8 + length
+    for name, code, shape in entries:
         if code not in DTYPES:
             raise UserError(
-                f"{path}: the tensor {name} is of type {code}, and only {', '.join(DTYPES)} are"
-                " read; use one that is not quantised"
+                f"{path}: the tensor {name[:200]} is of type {code}, and only"
+                f" {', '.join(DTYPES)} are read; use one that is not quantised"
             )
-        if end - begin != math.prod(shape) * DTYPES[code].itemsize:
-            raise UserError(
-                f"{path}: the tensor {name} has {end - begin} bytes, which do not make its shape"
-                f" {list(shape)}; download it again"
-            )
-        if start + end > size:
-            raise UserError(
-                f"{path} is truncated: it has {size} bytes and the tensor {name} ends at"
-                f" {start + end}; download it again"
-            )
-        tensors[name] = Tensor(path, start + begin, DTYPES[code], shape)
+        tensors[name] = Tensor(path, offset, DTYPES[code], shape)
+        offset += tensors[name].bytes  # tensors lie side by side: the library has checked it
     return tensors
 
 
@@ -266,6 +268,13 @@ class SafetensorsWriter:
         """
         tensor = self._tensors[name]
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        if (
+            rows.dtype != tensor.dtype
+            or start < 0
+            or start * row_bytes + rows.nbytes > tensor.bytes
+        ):
+            # Beyond its end lies the next tensor.
+            raise ValueError(f"{rows.shape} of {rows.dtype} at row {start} do not fit {name}")
         self._files[tensor.file].write(tensor.offset + start * row_bytes, rows)
 
     def __enter__(self) -> "SafetensorsWriter":

@@ -12,10 +12,17 @@ from flax import nnx
 
 from llasa_jax.convert.hf_config import dtype_key
 from llasa_jax.convert.hf_files import CONFIG, read_json
+from llasa_jax.convert.load_hf import HfReader
 from llasa_jax.convert.merge import merged_reader
-from llasa_jax.convert.model_folder import adapters_of, load_params, read_description
+from llasa_jax.convert.model_folder import (
+    adapters_of,
+    load_params,
+    open_model,
+    read_description,
+)
+from llasa_jax.convert.params_io import Reader, Sums
 from llasa_jax.convert.safetensors_io import cast, named_dtype
-from llasa_jax.errors import UserError, first_line
+from llasa_jax.errors import UserError, first_line, listed
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.sharding import make_mesh
@@ -28,13 +35,16 @@ TOLERANCE = 1e-3
 @dataclass(frozen=True)
 class Verification:
     """`largest_difference` of two logits, `largest_logit` for its scale; `agreement`: how often the
-    likeliest next token is the same.
+    likeliest next token is the same. `different` are the names of the tensors, out of `tensors`,
+    that are not equal bit for bit in the narrower of the two types.
     """
 
     largest_difference: float
     largest_logit: float
     agreement: float
     tokens: int
+    tensors: int = 0
+    different: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -44,23 +54,41 @@ class Verification:
         return self.largest_difference <= TOLERANCE * max(1.0, self.largest_logit)
 
     def check(self) -> None:
-        """UserError where the two do not compute the same."""
+        """UserError where the two do not compute the same, or a tensor differs."""
         if not self.equal:
             raise UserError(
                 f"the Hugging Face checkpoint and ours do not compute the same ({self}); one of"
                 " them is damaged, or of another step"
             )
+        if self.different:
+            raise UserError(
+                f"{len(self.different)} of {self.tensors} tensors"
+                f" {'differs' if len(self.different) == 1 else 'differ'}: {listed(self.different)};"
+                " one of the two is damaged, or of another step"
+            )
 
     def __str__(self) -> str:
+        tensors = (
+            f"{len(self.different)} of {self.tensors} tensors differ"
+            if self.different
+            else f"all {self.tensors} tensors are equal, bit for bit"
+        )
         return (
-            f"largest difference of logits {self.largest_difference:.2e} (logits up to"
+            f"{tensors}; largest difference of logits {self.largest_difference:.2e} (logits up to"
             f" {self.largest_logit:.1f}), next-token agreement {self.agreement:.2%} over"
             f" {self.tokens} tokens"
         )
 
 
-def verify(hf_dir: Path, our_checkpoint: Path, *, step: int | None = None) -> Verification:
-    """Compares the logits of both on a fixed batch of 2 x 64 random tokens, and prints the result.
+def verify(
+    hf_dir: Path,
+    our_checkpoint: Path,
+    *,
+    step: int | None = None,
+    base: str | Path | None = None,
+) -> Verification:
+    """Compares the tensors of both bit for bit, and their logits on a fixed batch of 2 x 64 random
+    tokens, and prints the result.
 
     Both compute in float32, from weights in the HF checkpoint's type: so a difference is one of
     conversion, not of rounding. Takes 4 bytes a weight for transformers, then again for us, one
@@ -80,7 +108,7 @@ def verify(hf_dir: Path, our_checkpoint: Path, *, step: int | None = None) -> Ve
     theirs = _hf_logits(hf_dir, tokens)
     stored = named_dtype(hf_config.get(dtype_key(hf_config)) or "float32")
     if adapters_of(source)[0]:
-        config, params = _merged(our_checkpoint, step, stored)
+        config, params = _merged(our_checkpoint, step, stored, base)
     else:
         params = load_params(our_checkpoint, make_mesh(devices=jax.devices()[:1]), stored, step)
     ours = np.asarray(_our_logits(config, params, tokens))
@@ -89,14 +117,47 @@ def verify(hf_dir: Path, our_checkpoint: Path, *, step: int | None = None) -> Ve
         float(np.abs(theirs).max()),
         float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
         tokens.size,
+        *_compare_tensors(hf_dir, our_checkpoint, step, base),
     )
     print(result)
     return result
 
 
-def _merged(run: Path, step: int | None, dtype: np.dtype) -> tuple[ModelConfig, dict]:
+def _compare_tensors(
+    hf_dir: Path, our_checkpoint: Path, step: int | None, base: str | Path | None
+) -> tuple[int, tuple[str, ...]]:
+    """How many tensors the HF checkpoint has, and the names of those whose bits are not ours. Where
+    the types differ, the wider one is rounded first, as a conversion does.
+    """
+    config, origin = read_description(our_checkpoint)
+    if adapters_of(origin)[0]:
+        reader: Reader = merged_reader(our_checkpoint, step, base)
+        config = reader.config
+    else:
+        reader = open_model(our_checkpoint).reader(step)
+    # Theirs by their own config: a tied model's export after LoRA on one table is untied.
+    theirs = HfReader(hf_dir, config)
+    names = {(place.path, place.layer): name for name, place in theirs.table.items()}
+    different = []
+    for path in theirs.dtypes:
+        narrow = min(reader.dtypes[path], theirs.dtypes[path], key=lambda dtype: dtype.itemsize)
+        ours, hf = Sums(path), Sums(path)
+        for start, piece in reader.pieces(path):
+            ours.add(start, cast(piece, narrow))
+        for start, piece in theirs.pieces(path):
+            hf.add(start, cast(piece, narrow))
+        stacked = path.startswith("layers.")
+        for index, (a, b) in enumerate(zip(ours.sums, hf.sums, strict=True)):
+            if a != b:
+                different.append(names[path, index if stacked else None])
+    return len(names), tuple(different)
+
+
+def _merged(
+    run: Path, step: int | None, dtype: np.dtype, base: str | Path | None
+) -> tuple[ModelConfig, dict]:
     """A LoRA run's weights as `export-hf --lora merge` writes them, in `dtype`."""
-    reader = merged_reader(run, step)
+    reader = merged_reader(run, step, base)
     tree = {"layers": {}}
     for path in reader.dtypes:
         whole = np.concatenate([cast(piece, dtype) for _, piece in reader.pieces(path)])

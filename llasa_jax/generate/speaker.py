@@ -34,8 +34,7 @@ from llasa_jax.model.lora import Adapter, join, place, side_by_side
 from llasa_jax.model.sharding import abstract_params, make_mesh
 from llasa_jax.runtime.files import new_file
 from llasa_jax.speech.audio import read_audio, write_audio
-from llasa_jax.speech.prompts import Prompter
-from llasa_jax.speech.settings import PromptSettings
+from llasa_jax.speech.prompts import Prompter, PromptSettings
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
 
 if TYPE_CHECKING:
@@ -214,13 +213,15 @@ def load(
     step: int | None = None,
     tensor: int = 1,
     adapters: Sequence[Adapter | None] = (),
+    base: str | Path | None = None,
 ) -> tuple[nnx.GraphDef, dict, Prompter, "PreTrainedTokenizerBase"]:
     """A model's or run's folder, ready for `generate_codes`: graph, weights, the prompts it was
     trained with, and its tokenizer.
 
     `step` picks a run's checkpoint (the latest by default); `tensor` is how many devices share the
     weights; `adapters` names one, or none, for each row of the batch to come, and if it is the same
-    for all, for any batch. UserError for what is no such folder.
+    for all, for any batch; `base` says where the base of a LoRA run lies now. UserError for what is
+    no such folder.
     """
     config, source = read_description(folder)
     tokenizer = load_tokenizer(folder)
@@ -231,7 +232,7 @@ def load(
             f" {config.vocab_size}; import it again"
         )
     mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
-    params, (its, _) = load_params(folder, mesh, jnp.dtype(dtype), step), adapters_of(source)
+    params, (its, _) = load_params(folder, mesh, jnp.dtype(dtype), step, base), adapters_of(source)
     distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
     if distinct:
         if its:
@@ -274,6 +275,7 @@ def generate(
     max_seconds: float | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     step: int | None = None,
+    base: str | Path | None = None,
     device: str = "cpu",
     tensor: int = 1,
 ) -> list[Generated]:
@@ -291,7 +293,7 @@ def generate(
         _check_request(Path(line.out), prompt_audio, prompt_text, max_seconds)
     wave = None if prompt_audio is None else read_audio(prompt_audio)
     graphdef, params, of_model, tokenizer = load(
-        model, dtype, step, tensor, [line.adapter for line in lines]
+        model, dtype, step, tensor, [line.adapter for line in lines], base
     )
     # Before the codec, which takes longer to load, in case a text is refused.
     wanted = {"speaker": speaker, "description": description, "language": language}

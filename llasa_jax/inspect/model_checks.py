@@ -21,14 +21,15 @@ def check_tokenizer(model: Path, tokenizer: "PreTrainedTokenizerBase") -> list[F
     """Whether a tokenizer is the one that the weights in the folder `model` were made for.
     UserError if it has no speech tokens.
     """
-    config, _ = model_folder.read_description(model)
+    opened = model_folder.open_model(model, weights=False)
+    config = opened.config
     size, base = len(tokenizer), SpeechVocab.of(tokenizer).code_base
-    fix = f"import the model again, with its own tokenizer in {model / model_folder.HF_FOLDER}"
+    fix = f"import the model again, with its own tokenizer in {opened.files}"
     if size != config.vocab_size:
         message = f"the tokenizer has {size} tokens, the model {config.vocab_size}"
         severity: Severity = "bad" if size > config.vocab_size else "warn"
         return [Finding(severity, "tokenizer", message, fix)]
-    path = model / model_folder.HF_FOLDER / "config.json"
+    path = opened.files / "config.json"
     hf = read_json(path, "the model's HF config") if path.is_file() else {}
     ends = hf.get("eos_token_id") or []
     for name, wanted in {

@@ -106,13 +106,18 @@ def model_geometry(model: str | None, settings: Settings) -> ModelConfig:
     """
     if model in MODELS:
         return MODELS[model]
-    folder = Path(model or settings.model.path)
-    if not (folder / model_folder.MODEL_FILE).is_file():
+    source = model or settings.model.path
+    if Path(source).exists() and not Path(source).is_dir():
+        raise UserError(f"{source} is a file, not a model's folder; name a folder")
+    try:
+        return model_folder.open_model(source, weights=False).config
+    except UserError as error:
+        if "holds no model" not in str(error):
+            raise
         raise UserError(
-            f"there is no model in {folder} to plan for yet; name its size with --model"
-            f" {', '.join(MODELS)}, or a model's folder"
-        )
-    return model_folder.read_description(folder)[0]
+            f"there is no model in {source} to plan for yet; name its size with --model"
+            f" {', '.join(MODELS)}, or a model's folder or hub id"
+        ) from error
 
 
 def plan(
@@ -222,7 +227,7 @@ def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> flo
     if speech_hours:
         return speech_hours * 3600 * CODES_PER_SECOND * TOKENS_PER_CODE
     paths = [
-        Path(settings.model.path) / model_folder.HF_FOLDER,
+        Path(settings.model.path),
         *(Path(source.path) for source in settings.sources),
     ]
     if not all(path.exists() for path in paths):

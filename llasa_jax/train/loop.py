@@ -116,7 +116,7 @@ def train(
         if settings.log.samples
         else None
     )
-    profiler = Profiler(run, settings.profile.steps, steps)
+    profiler = Profiler(run, settings.profile.steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
     check_host_memory(settings, mesh)
@@ -299,7 +299,7 @@ def _begin_lora(
     return (
         frozen,
         trainable,
-        (source, model_folder.fingerprint(params, step_functions.mesh, source)),
+        (source, model_folder.open_model(source).fingerprint()),
     )
 
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
 from llasa_jax.convert.export_hf import export_hf
-from llasa_jax.convert.import_hf import import_hf, locate
+from llasa_jax.convert.hf_files import locate
+from llasa_jax.convert.import_hf import import_hf
 from llasa_jax.convert.load_hf import load_params_from_hf
 from llasa_jax.convert.model_folder import (
     CHECKPOINTS,

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from llasa_jax.convert import safetensors_io
-from llasa_jax.convert.direct_file import DirectFile
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.hf_config import HARMLESS, HONOURED, ONLY, model_config
 from llasa_jax.convert.import_hf import import_hf
 from llasa_jax.convert.model_folder import PARAMS
-from llasa_jax.convert.safetensors_io import INDEX, SINGLE, parse_size
+from llasa_jax.convert.params_io import ParamsWriter
+from llasa_jax.convert.safetensors_io import INDEX, SINGLE, SafetensorsWriter, parse_size
 from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig, RopeScaling
@@ -326,15 +326,16 @@ def test_disk_full_half_way(hf, tmp_path, monkeypatch, what):
     out = tmp_path / "out"
     out.mkdir()
     import_hf(hf, tmp_path / "model")
-    calls, really_write = [], DirectFile.write
+    writer = ParamsWriter if what == "import" else SafetensorsWriter
+    calls, really_write = [], writer.write
 
-    def write(self, offset, data):
+    def write(self, *arguments):
         calls.append(self)
         if len(calls) > 12:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        really_write(self, offset, data)
+        really_write(self, *arguments)
 
-    monkeypatch.setattr(DirectFile, "write", write)
+    monkeypatch.setattr(writer, "write", write)
     with pytest.raises(UserError, match=r"disk of .* is full, and nothing was left under .*/x"):
         import_hf(hf, out / "x") if what == "import" else export_hf(tmp_path / "model", out / "x")
     assert len(calls) > 12
@@ -415,7 +416,9 @@ def test_sizes():
 def test_push_to_hub(hf, tmp_path, monkeypatch):
     sent = {}
     monkeypatch.setattr(
-        huggingface_hub.HfApi, "create_repo", lambda self, repo, exist_ok: sent.update(made=repo)
+        huggingface_hub.HfApi,
+        "create_repo",
+        lambda self, repo, exist_ok, private: sent.update(made=repo, private=private),
     )
     monkeypatch.setattr(
         huggingface_hub.HfApi, "upload_folder", lambda self, **what: sent.update(what)
@@ -427,6 +430,9 @@ def test_push_to_hub(hf, tmp_path, monkeypatch):
         "me/voice",
         str(tmp_path / "out"),
     )
+    assert sent["private"] is True
+    export_hf(tmp_path / "model", tmp_path / "public", push_to_hub="me/voice", public=True)
+    assert sent["private"] is False
     assert 'from_pretrained("me/voice")' in (tmp_path / "out" / "README.md").read_text()
 
     def fail(self, **_):
