@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, first_line
 from llasa_jax.speech.prompts import Conversation
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -21,7 +21,7 @@ class Conversations(Sequence[Conversation]):
 
     A line is an object with `messages`, a list of {"role": ..., "content": ...}; or
     `conversations`, a list of {"from": "human" or "gpt", "value": ...}, as Infinity-Instruct has
-    it. Its `id` is optional.
+    it. Its `id` is optional. A `system` beside them is the text of a system turn.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -51,31 +51,41 @@ class Conversations(Sequence[Conversation]):
         where = f"{self._path}, line {self._lines[index] + 1}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{where}: not JSON ({error}); write one JSON object on each line"
+                f"{where}: not JSON ({first_line(error)}); write one JSON object on each line"
             ) from None
         return conversation(row, where)
 
 
 def conversation(row: dict, where: str) -> Conversation:
     """A table's row as a `Conversation`; a system turn without words is left out. UserError
-    beginning with `where` if it is none.
+    beginning with `where` for a row of another form.
     """
     turns = row.get("messages") or row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(
             f'{where}: no messages; give "messages": [{{"role": "user", "content": "..."}}, ...]'
         )
-    messages = []
+    messages: list[dict[str, str]] = []
+    system = row.get("system")  # LLaMA-Factory's place for it
+    if isinstance(system, str) and system.strip():
+        if any("system" in (turn.get("role"), turn.get("from")) for turn in turns):
+            raise UserError(
+                f"{where}: has a system text beside the messages and a system turn in them; keep"
+                " one of the two"
+            )
+        turns = [{"role": "system", "content": system}, *turns]
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = _SHAREGPT_ROLES.get(role, role)
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else None
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UserError(
                 f"{where}: a message has role {role!r} and content {content!r:.40}; roles are"
                 " system, user and assistant, with text"
             )
+        if any("\ud800" <= character <= "\udfff" for character in content):
+            raise UserError(f"{where}: a message has half of a surrogate pair; correct the text")
         if role != "system" or content.strip():
             messages.append({"role": role, "content": content})
     return Conversation(messages, str(row.get("id", where)))

@@ -228,6 +228,17 @@ def test_conversations_from_jsonl(tmp_path):
     assert chats[1].id.endswith("chat.jsonl, line 4")
 
 
+def test_a_system_text_beside_the_conversation_is_its_first_turn(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    rows = [{"conversations": turns, "system": "Be nice."}, {"conversations": turns, "system": ""}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    chats = Conversations(path)
+    assert chats[0].messages == [{"role": "system", "content": "Be nice."}, *said]
+    assert chats[1].messages == said
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -241,6 +252,13 @@ def test_conversations_from_jsonl(tmp_path):
         (
             '{"messages": [{"role": "user", "content": null}]}',
             "line 2: a message has role 'user' and content None",
+        ),
+        ('{"messages": [{"role": ["user"], "content": "Hi"}]}', "line 2: a message has role None"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "line 2: .* surrogate pair"),
+        ('{"messages": ' + "[" * 100_000, "line 2: not JSON"),
+        (
+            '{"system": "a", "conversations": [{"from": "system", "value": "b"}]}',
+            "line 2: has a system text beside the messages and a system turn in them",
         ),
     ],
 )
