@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from llasa_jax.errors import UserError, listed
+from llasa_jax.speech.audio import tar_member
 
 FIELDS = ("audio", "text", "id", "speaker", "description", "language", "split")
 COLUMNS = (*FIELDS, "normalized", "-")  # of a file with |: "-" is a column that is not used
@@ -39,10 +40,10 @@ class Clip:
 def read_manifest(path: str | os.PathLike, columns: str = "") -> list[Clip]:
     """Reads a manifest: JSONL, or lines with | where the name ends in .csv or `columns` is a list.
 
-    A JSONL line is an object with `audio` (relative to the manifest's folder) and `text`, and
-    optionally `id`, `speaker`, `description`, `language` and `split`. Null is the same as left out;
-    other keys are ignored with one warning. `columns` may map ours to the file's keys:
-    "audio=audio_filepath,text=transcript".
+    A JSONL line is an object with `audio` (relative to the manifest's folder, or in a tar: see
+    `speech.audio.tar_member`) and `text`, and optionally `id`, `speaker`, `description`, `language`
+    and `split`. Null is the same as left out; other keys are ignored with one warning. `columns`
+    may map ours to the file's keys: "audio=audio_filepath,text=transcript".
 
     Lines with | are `id|text` or LJSpeech's `id|text|normalized text`, whose normalized text is
     used where there is one, with audio in wavs/ID.wav. A first line of names may say what the
@@ -95,17 +96,18 @@ def assign_splits(utterances: list[Clip], validation_share: float, seed: int) ->
 
 
 def file_key(path: str | os.PathLike) -> tuple[str, int, int]:
-    """An audio file's absolute path, size and time of change; -1 where it is not there.
+    """An audio file's absolute path, size in bytes and time of change; -1 where it is not there.
 
     Bytes of the path that are not UTF-8 are escaped, as databases and JSON take text only.
     """
     path = os.path.abspath(path)
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    member = tar_member(path)
     try:
-        stat = os.stat(path)
+        stat = os.stat(member.tar if member else path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the path
         return name, -1, -1
-    return name, stat.st_size, stat.st_mtime_ns
+    return name, member.size if member else stat.st_size, stat.st_mtime_ns
 
 
 def _rows(path: Path, columns: str, piped: bool, ids_only: bool) -> Rows:
@@ -125,7 +127,7 @@ def _rows(path: Path, columns: str, piped: bool, ids_only: bool) -> Rows:
     else:
         rows = [
             (where, _json_row(where, line, mapping, ignored, ids_only))
-            for where, line in _lines(path)
+            for where, line in numbered_lines(path)
         ]
     if not rows:
         raise UserError(f"{path}: the manifest is empty; give at least one utterance.")
@@ -140,19 +142,19 @@ def _rows(path: Path, columns: str, piped: bool, ids_only: bool) -> Rows:
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line that is not blank stands, and the line. Lines may end in LF, CR LF or CR."""
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line of a text that is not blank stands, and the line, which may end in LF, CR LF
+    or CR. UserError for a text that is not UTF-8.
+    """
     with path.open("rb") as raw:
         start = raw.read(4)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
-        raise UserError(
-            f"{path}: is UTF-16 text (as PowerShell's > writes it); save the manifest as UTF-8."
-        )
+        raise UserError(f"{path}: is UTF-16 text (as PowerShell's > writes it); save it as UTF-8.")
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             if not line.isascii() and re.search("[\udc80-\udcff]", line):
-                raise UserError(f"{where}: not UTF-8 text; save the manifest as UTF-8.")
+                raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8.")
             if line.strip():
                 yield where, line.rstrip("\n")
 
@@ -241,7 +243,7 @@ def _check_columns(columns: str, names: list[str]) -> None:
 
 
 def _pipe_rows(path: Path, names: list[str], ignored: Counter[str]) -> Rows:
-    lines = list(_lines(path))
+    lines = list(numbered_lines(path))
     if lines and not names:
         first = [_HEADER_NAMES.get(name, name) for name in lines[0][1].split("|")]
         if "text" in first and {"id", "audio"} & set(first) and len(first) == len(set(first)):
@@ -263,7 +265,7 @@ def _usual_columns(lines: list[tuple[str, str]]) -> list[str]:
                 f"{where}: no '|'; write id|text or id|text|normalized text, as LJSpeech does."
             )
         three += len(fields) == 3
-        if len(fields) > 3 or (len(fields) == 3 and not _variants(fields[1], fields[2])):
+        if len(fields) > 3 or (len(fields) == 3 and not variants(fields[1], fields[2])):
             unlike.append((where, len(fields)))
             # a few normalized texts are far from theirs ("1998" and "nineteen ninety-eight")
             if len(fields) > 3 or len(unlike) > 20 + 0.2 * three:
@@ -278,13 +280,16 @@ def _usual_columns(lines: list[tuple[str, str]]) -> list[str]:
     return ["id", "text", "normalized"] if three else ["id", "text"]
 
 
-def _variants(text: str, other: str) -> bool:
-    """Whether one text may be the other, normalized."""
-    if not other.strip() or text == other:
+def variants(text: str, other: str) -> bool:
+    """Whether `other` may be `text` normalized: empty, with half of its words, or most letters."""
+    words = text.lower().split()
+    kept = set(words) & set(other.lower().split())
+    if not other.strip() or 2 * len(kept) >= len(set(words)):
         return True
-    # quick_ratio compares letters without their order, so that a long text does not take long
+    # Where words are not separated, or written otherwise: the same letters, in any order, which is
+    # quick for long texts too.
     matcher = difflib.SequenceMatcher(None, text.lower(), other.lower(), autojunk=False)
-    return matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.75
+    return matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.6
 
 
 def _pipe_row(where: str, line: str, names: list[str]) -> dict[str, str]:

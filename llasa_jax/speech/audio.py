@@ -6,10 +6,11 @@ import contextlib
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import soundfile
@@ -29,8 +30,8 @@ _MALFORMED = 3  # libsndfile's SF_ERR_MALFORMED_FILE
 
 
 def read_audio(audio: str | os.PathLike | bytes, name: str = "") -> np.ndarray:
-    """Reads one audio file of any rate and channels: a path, or the file's bytes, which errors call
-    `name`.
+    """Reads one audio file of any rate and channels: a path, also of a `tar_member`, or the file's
+    bytes, which errors call `name`.
 
     libsndfile reads WAV, FLAC, Ogg, MP3, AIFF, AU, CAF and NIST SPHERE; FFmpeg (the extra `audio`)
     reads what libsndfile cannot read or would read wrongly.
@@ -128,26 +129,37 @@ def _check_rate(rate: int, name: str) -> None:
         )
 
 
+class TarMember(NamedTuple):
+    """Where a file lies in an uncompressed tar: `size` bytes from `offset` on."""
+
+    tar: str
+    offset: int
+    size: int
+
+
+def tar_member(path: str | os.PathLike) -> TarMember | None:
+    """The place that a path such as `EN-B000000.tar:1536:50144` names (offset and size in bytes);
+    None for the path of a plain file.
+    """
+    found = re.fullmatch(r"(.*\.tar):(\d{1,18}):(\d{1,18})", os.fspath(path), re.DOTALL)
+    return TarMember(found[1], int(found[2]), int(found[3])) if found else None
+
+
 @contextlib.contextmanager
 def _opened(audio: str | os.PathLike | bytes, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """The open file and its size in bytes. UserError if there is no such file, or nothing in it."""
+    member = None if isinstance(audio, bytes) else tar_member(audio)
     if isinstance(audio, bytes):
         size = len(audio)
     else:
-        try:
-            status = os.stat(audio)
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
-            status = None
-        except OSError as error:
-            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-                raise
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode):  # to read a FIFO may wait for ever
-            raise UserError(
-                f"{name}: no such audio file; correct the path, or take the clip out of the"
-                " manifest."
-            )
-        size = status.st_size
+        size = _file_size(member.tar if member else audio, name)
+    if member:
+        if size < member.offset + member.size:
+            raise _truncated(name, f"the tar has {size} bytes")
+        with open(member.tar, "rb") as tar:
+            tar.seek(member.offset)
+            audio = tar.read(member.size)
+        size = len(audio)
     if size == 0:
         raise UserError(
             f"{name}: the file is empty (0 bytes); copy it again, or take the clip out of the"
@@ -160,6 +172,22 @@ def _opened(audio: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Binar
         finally:
             if file.error is not None:
                 raise file.error
+
+
+def _file_size(path: str | os.PathLike, name: str) -> int:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
+        status = None
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):  # to read a FIFO may wait for ever
+        raise UserError(
+            f"{name}: no such audio file; correct the path, or take the clip out of the manifest."
+        )
+    return status.st_size
 
 
 class _Input:
