@@ -43,7 +43,7 @@ class Conversations(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, index: int) -> Conversation:
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
         """UserError names the line that is no conversation."""
         with self._path.open("rb") as file:
             file.seek(self._starts[index])
