@@ -135,7 +135,8 @@ def compare(bench: Bench, clips: int, turns: int) -> None:
     from llasa_jax.data.records import open_utterances
     from llasa_jax.encode.offline import encode
     from llasa_jax.speech.audio import read_audio
-    from llasa_jax.speech.prompts import Prompter, PromptSettings
+    from llasa_jax.speech.prompts import Prompter
+    from llasa_jax.speech.settings import PromptSettings
 
     rng = np.random.default_rng(0)
     seconds = ljspeech_seconds(clips, rng)

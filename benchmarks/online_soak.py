@@ -67,8 +67,7 @@ def train(config: Path, marks: Path) -> int:
     """
     from llasa_jax import cli
     from llasa_jax.codec import load_codec
-    from llasa_jax.data import records
-    from llasa_jax.encode import online, online_cache
+    from llasa_jax.encode import mixture, online, online_cache
     from llasa_jax.train import progress
 
     class FaultyCodec:
@@ -108,7 +107,7 @@ def train(config: Path, marks: Path) -> int:
         noting_add,
     )
     online_cache.load_codec = FaultyCodec
-    records.open_audio = lambda path, settings: FaultyAudio(path, marks)
+    mixture.open_audio = lambda path, settings: FaultyAudio(path, marks)
     return cli.main(["train", "--config", str(config)])
 
 

@@ -6,20 +6,21 @@ tests/test_docs.py fails when the page is not what this program prints.
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from inspect import cleandoc
 from typing import Literal, get_args, get_origin
 
 import docstring_parser
 import yaml
 
+from llasa_jax.runtime.settings import groups_of, notes
 from llasa_jax.train.settings import Settings
 
 HEAD = """# Every setting
 
 Settings are read from YAML files (`--config FILE`, more than once if need be) and from the command
-line (`--train.rows=32`); the later one wins. Unknown settings are refused. This page is made from
-the code by `docs/make_settings.py`.
+line (`--train.rows=32`); the later one wins. Unknown settings and values out of range are refused.
+This page is made from the code by `docs/make_settings.py`.
 """
 
 
@@ -35,13 +36,13 @@ def _group(cls: type, prefix: str) -> Iterator[str]:
     }
     groups, rows = [], []
     for field in fields(cls):
-        group = next(filter(is_dataclass, (field.type, *get_args(field.type))), None)
+        group = next(groups_of(field.type), None)
         if group is field.type:
             groups.append((group, f"{prefix}{field.name}."))
             continue
         if group and get_origin(field.type) is list:
             groups.append((group, f"{prefix}{field.name}[]."))
-        text = docs.get(field.name, "")
+        text = f"{docs.get(field.name, '')} {notes(field)}".strip()
         rows.append(f"| `{prefix}{field.name}` | {_default(field)} | {_cell(text, field.type)} |")
     yield f"## {prefix.rstrip('.') or 'The run'}\n"
     yield cleandoc(cls.__doc__ or "") + "\n"

@@ -3,11 +3,14 @@ training.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from llasa_jax.convert.model_folder import check_base, load_tokenizer, saved_steps
 from llasa_jax.convert.peft_adapter import open_adapter
-from llasa_jax.encode.encoder import share_gpu
+from llasa_jax.data.builder import dataset_fingerprint
+from llasa_jax.data.seal import SEAL
+from llasa_jax.encode.devices import share_gpu
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.errors import UserError
@@ -15,9 +18,18 @@ from llasa_jax.inspect.doctor import examine_before_training
 from llasa_jax.model.lora import Adapter
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.plan.memory import out_of_memory_explained
+from llasa_jax.runtime import hosts
+from llasa_jax.runtime.files import folder_digest
 from llasa_jax.runtime.stop_signal import StopSignal
 from llasa_jax.train import loop
 from llasa_jax.train.settings import Settings
+
+# Settings that change nothing that the hosts must do together: they concern one host's own work.
+MAY_DIFFER_BETWEEN_HOSTS = (
+    *("log.tensorboard", "log.wandb", "mesh.start_timeout", "data.online.device"),
+    *("data.online.workers", "data.online.torch_threads", "data.online.read_ahead"),
+    *("data.online.queue", "data.online.gpu_memory", "data.online.stall_seconds"),
+)
 
 
 def finetune(settings: Settings, stop: StopSignal) -> Path:
@@ -26,25 +38,71 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
 
     `stop` listens to SIGINT and SIGTERM. Raises UserError on what cannot work.
     """
-    if any(source.mode == "online" for source in settings.sources):
-        # JAX takes its memory when it first looks for devices, so the codec's share is set before
-        # that.
-        share_gpu(settings.data.online)
-    if settings.mesh.hosts:
-        import jax
+    with hosts.together():
+        join_hosts(settings, stop)
+        settings, adapter = begin_with(settings)
+        records, validation = open_sources(settings.sources, settings.data.online)
+        compare_hosts(settings, records)
+        encoder = open_encoder(settings.data.online, records, validation, out=settings.out)
+        codec = codec_of(settings.sources, encoder and encoder.codec)
+        examine_before_training(settings)
+        with out_of_memory_explained(settings):
+            return loop.train(
+                settings, records, validation, codec, adapter=adapter, encoder=encoder, stop=stop
+            )
 
-        jax.distributed.initialize()
-        # jax.distributed has put its own handler in place of ours.
-        stop.listen()
-    settings, adapter = begin_with(settings)
-    records, validation = open_sources(settings.sources, settings.data.online)
-    encoder = open_encoder(settings.data.online, records, validation)
-    codec = codec_of(settings.sources, encoder and encoder.codec)
-    examine_before_training(settings)
-    with out_of_memory_explained(settings):
-        return loop.train(
-            settings, records, validation, codec, adapter=adapter, encoder=encoder, stop=stop
-        )
+
+def join_hosts(settings: Settings, stop: StopSignal) -> None:
+    """Lets JAX find its devices, and the other hosts where there are several: their settings and
+    programs are compared first. UserError where they differ or do not come.
+    """
+    if any(source.mode == "online" for source in settings.sources):
+        # JAX takes its memory when it first looks for devices, so the codec's share is set before.
+        share_gpu(settings.data.online)
+    if not settings.mesh.hosts:
+        return
+    stop.before_end = hosts.end_by_signal
+    facts = hosts.software() | {
+        name: value
+        for name, value in flat(dataclasses.asdict(settings)).items()
+        if name not in MAY_DIFFER_BETWEEN_HOSTS
+    }
+    hosts.join(
+        settings.mesh.start_timeout, facts, "give every host the same command, files and versions"
+    )
+    stop.listen()  # jax.distributed has put its own handler in place of ours
+
+
+def compare_hosts(settings: Settings, records: Sequence[Sequence]) -> None:
+    """Makes sure that all hosts see the same model, the same data and the same kind of devices.
+    UserError on all of them, naming what differs.
+    """
+    if not hosts.several():
+        return
+    facts: dict[str, object] = {
+        "the devices of a host": hosts.devices(),
+        "the model": folder_digest(Path(settings.model.path)),
+    }
+    for source, clips in zip(settings.sources, records, strict=True):
+        facts[f"the number of clips of {source.path}"] = len(clips)
+        facts[f"the content of {source.path}"] = source_digest(source.path)
+    hosts.agree(facts, "give every host the same model and data, best on a shared file system")
+
+
+def source_digest(path: str) -> str:
+    """Tells a dataset (by its fingerprint), a manifest or another source by its content."""
+    if (Path(path) / SEAL).is_file():
+        return dataset_fingerprint(path)
+    return folder_digest(Path(path))
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested settings as one dict of dotted names."""
+    pairs: dict = {}
+    for key, value in tree.items():
+        named = isinstance(value, dict)
+        pairs |= flat(value, f"{prefix}{key}.") if named else {prefix + key: value}
+    return pairs
 
 
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:

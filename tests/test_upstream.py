@@ -15,7 +15,8 @@ from reference import config_of, hf_llama, our_llama, params_of
 
 from llasa_jax.data.batching import BatchShape, Source, batches
 from llasa_jax.model.loss import chunked_cross_entropy
-from llasa_jax.speech.prompts import Prompter, PromptSettings, Utterance
+from llasa_jax.speech.prompts import Prompter, Utterance
+from llasa_jax.speech.settings import PromptSettings
 
 LENGTH = 192
 

@@ -28,6 +28,7 @@ def encode(args) -> None:
         batch_seconds=args.batch_seconds,
         workers=args.workers,
         columns=args.columns,
+        max_clip_seconds=args.max_clip_seconds,
     )
 
 
@@ -61,7 +62,8 @@ def import_codes(args) -> None:
 
 
 def import_hf_dataset(args) -> None:
-    from llasa_jax.encode.hf_dataset import import_hf_dataset, parse_columns
+    from llasa_jax.encode.hf_dataset import import_hf_dataset
+    from llasa_jax.encode.tables import parse_columns
 
     import_hf_dataset(
         source=args.source,
@@ -75,6 +77,8 @@ def import_hf_dataset(args) -> None:
         validation_share=args.validation_share,
         seed=args.seed,
         max_bad_share=args.max_bad_share,
+        workers=args.workers,
+        max_clip_seconds=args.max_clip_seconds,
     )
 
 
@@ -98,9 +102,9 @@ def add_commands(commands) -> None:
         "--batch-seconds",
         type=float,
         default=600.0,
-        help="seconds of audio between two writes to the journal",
+        help="seconds of audio that are read ahead of the codec",
     )
-    parser.add_argument("--workers", type=int, default=4, help="threads that read audio")
+    _add_reading(parser)
 
     parser = add_command(
         commands, "import-memmap", import_memmap, "Bring upstream's memmap files into our format."
@@ -148,12 +152,14 @@ def add_commands(commands) -> None:
         required=True,
         help=(
             "codes=COLUMN or audio=COLUMN, text=COLUMN, and any of id, speaker, language,"
-            " description"
+            " description, rate (of audio that is lists of samples); COLUMN.FIELD is a field of a"
+            " column of records"
         ),
     )
     parser.add_argument("--subset", help="the dataset's configuration, if it has several")
     add_codec(parser)
     add_device(parser)
+    _add_reading(parser)
 
 
 def _add_columns(parser: argparse.ArgumentParser, mapping: str) -> None:
@@ -179,4 +185,14 @@ def _add_code_offset(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="subtract this from every code: the id of <|s_0|>, where codes are stored as token ids"
         " (128264 for Llama 3's tokenizer)",
+    )
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=4, help="processes that read audio")
+    parser.add_argument(
+        "--max-clip-seconds",
+        type=float,
+        default=120.0,
+        help="list longer clips as bad: the codec's memory grows with the square of their length",
     )

@@ -8,7 +8,7 @@ import yaml
 
 from llasa_jax.codec import DEFAULT_CODEC
 from llasa_jax.runtime.files import read_yaml
-from llasa_jax.speech.prompts import PromptSettings
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.speech.vocab import SPEECH_GENERATION, TEXT_UNDERSTANDING
 
 # A run's own files, as `llasa_jax.train.loop` and `llasa_jax.train.metrics` name them.

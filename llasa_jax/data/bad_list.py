@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.files import new_file
 
 
 def reason_of(error: Exception) -> str:
@@ -46,7 +47,5 @@ class BadList:
             self.path.unlink(missing_ok=True)
             return
         self._lines.seek(0)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with new_file(self.path) as partial, partial.open("w", encoding="utf-8") as file:
             shutil.copyfileobj(self._lines, file)
-        partial.replace(self.path)

@@ -114,11 +114,6 @@ def write_import(
     except UserError:
         bad_list.publish()
         raise
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); see that the folder can be"
-            " written to and its disk has room."
-        ) from error
     counts = ", ".join(f"{count} {split}" for split, count in sorted(result.splits.items()))
     notes = {"bad": result.bad, "cut": result.excused, "kept with a note": result.noted}
     listed = ", ".join(f"{count} {what}" for what, count in notes.items() if count)

@@ -4,7 +4,6 @@ nothing that is not a dataset's is ever deleted.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from llasa_jax.data.bad_list import as_text
-from llasa_jax.errors import UserError, first_line
+from llasa_jax.errors import UserError
+from llasa_jax.runtime.files import explain, read_json
 
 TEXTS = ("id", "text", "speaker", "description", "language")
 SEAL = "seal.json"
@@ -73,6 +73,12 @@ def is_made(out: Path, made_from: str) -> dict | None:
     return None
 
 
+def check_unfinished(out: Path) -> None:
+    """`check_new`, but for a finished dataset, which `is_made` judges."""
+    if not (out / SEAL).is_file():
+        check_new(out)
+
+
 def remove_dataset(folder: Path) -> None:
     """Deletes a dataset's files and its folder. Raises `UserError`, and deletes nothing, where the
     folder holds anything else.
@@ -110,22 +116,12 @@ def _is_free(out: Path) -> bool:
     try:
         return not (os.path.lexists(out)) or (out.is_dir() and not any(out.iterdir()))
     except OSError as error:
-        raise UserError(
-            f"{out}: cannot be looked at ({error.strerror}); give a folder that you may write to."
-        ) from error
+        raise UserError(explain(error, out)) from error
 
 
 def read_seal(folder: Path) -> dict:
     """What `write_dataset` kept beside the records, {} where there is nothing."""
     path = folder / SEAL
-    try:
-        seal = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({first_line(error)}); copy the whole folder again."
-        ) from error
-    if not isinstance(seal, dict):
-        raise UserError(f"{path}: holds no JSON object; copy the whole folder again.")
-    return seal
+    return read_json(path, "the dataset's seal", fix="copy the whole folder again.")

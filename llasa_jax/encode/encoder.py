@@ -2,7 +2,6 @@
 given in the order they were asked for.
 """
 
-import os
 import threading
 import warnings
 from collections import Counter, deque
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-import jax
 import numpy as np
 
 from llasa_jax.codec import HOP, MAX_BATCH_SAMPLES, Codec
@@ -23,27 +21,26 @@ from llasa_jax.speech.audio import SAMPLE_RATE
 
 ENOUGH = 1000  # clips, or all if they are fewer, before a share of bad ones says anything
 READING = "reading the audio "
+LIKELY = 10 * SAMPLE_RATE  # samples of a clip whose header has not been read
 T = TypeVar("T")
 
 
 class Cache(Protocol):
-    """Codes of one source's clips that were made before; see `data/online_cache.py`."""
+    """Codes of one source's clips that were made before: `Journal`, `CodesCache`."""
 
     def get(self, index: int) -> np.ndarray | None: ...
 
     def put(self, clips: Sequence[tuple[int, np.ndarray]]) -> None: ...
-
-    def finish(self, skipped: set[int]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Encoder:
     """A codec, the processes that read for it, and the caches of what it has made, one a source
-    (None without). A context.
+    (None without). A context, at whose end caches are closed.
 
-    `clips` are all splits of all online sources. Codes are those of each clip alone: clips share
-    the codec's batch only with others of their length (see `Xcodec2Codec`).
+    `clips` are all splits of all sources. Codes are those of each clip alone: clips share the
+    codec's batch only with others of their length (see `Xcodec2Codec`).
     """
 
     def __init__(
@@ -53,12 +50,8 @@ class Encoder:
         settings: OnlineSettings,
         caches: Sequence[Cache | None],
     ):
-        self.codec, self.splits, self.settings, self.skipped = (
-            codec,
-            clips,
-            settings,
-            clips[0].skipped,
-        )
+        self.codec, self.splits, self.settings = codec, clips, settings
+        self.skipped = clips[0].skipped
         self._caches = caches
         self._sources = list(
             {one.number: one.audio for one in sorted(clips, key=lambda one: one.number)}.values()
@@ -66,13 +59,11 @@ class Encoder:
         self._used = [np.zeros(len(source), bool) for source in self._sources]
         self._used_clips = 0
         self._readers: Readers | None = None
-        self._told: dict[
-            Key, float
-        ] = {}  # of which clip's stall was told, and after how many times the time that is set
+        # clip -> the last multiple of `stall_seconds` at which a warning was given
+        self._warned: dict[Key, float] = {}
         self.closed = threading.Event()
         self.encoded_seconds = 0.0
         self.doing = "planning"
-        _divide_machine(settings)
 
     def encode(
         self, wanted: Iterator[tuple[Sequence[PlannedClip], T]], ahead: int
@@ -89,7 +80,8 @@ class Encoder:
         missing: dict[Key, PlannedClip] = {}  # in the order in which they are needed
         unread: deque[Key] = deque()
         waves: dict[Key, np.ndarray] = {}
-        held, more = 0, True
+        held: Counter[Key] = Counter()  # samples of the clips that are being read, or are read
+        more = True
         while not self.closed.is_set():
             while more and len(groups) < ahead:
                 self.doing = "reading how long the next clips are"
@@ -111,9 +103,10 @@ class Encoder:
                 self._check_share()
             if not groups:
                 return
-            while unread and (not held or held < self.settings.read_ahead * SAMPLE_RATE):
-                held += missing[unread[0]].num_codes * HOP
-                self._read(unread.popleft())
+            while unread and (not held or held.total() < self.settings.read_ahead * SAMPLE_RATE):
+                key = unread.popleft()
+                held[key] = missing[key].num_codes * HOP or LIKELY
+                self._start_readers().submit(key)
             if all(key in codes for key in groups[0][0]):
                 keys, payload = groups.popleft()
                 yield {key: codes[key] for key in keys}, payload
@@ -122,40 +115,36 @@ class Encoder:
                     del users[key], codes[key]
                 continue
             for key, wave, reason in self._receive(block=not waves):
-                if not reason and len(wave) // HOP + 1 != missing[key].num_codes:
+                planned = missing[key].num_codes
+                if not reason and planned and _frames(wave) != planned:
                     reason = (
                         f"{self._name(key)}: its length is not the one that its header tells;"
                         " export it again from its source"
                     )
                 if reason:
-                    held -= missing[key].num_codes * HOP
+                    del held[key]
                     codes[key] = None
                     self.skipped.add(key, missing.pop(key).id, self._name(key), reason)
                     self._check_share()
                 else:
-                    waves[key] = wave
+                    waves[key], held[key] = wave, len(wave)
             if waves:
-                together = self._alike(missing, waves)
-                for key, made in zip(
-                    together,
-                    self._encode(together, [waves.pop(key) for key in together]),
-                    strict=True,
-                ):
-                    held -= missing.pop(key).num_codes * HOP
-                    codes[key] = made
+                together = _alike(missing, waves)
+                made = self._encode(together, [waves.pop(key) for key in together])
+                for key, its_codes in zip(together, made, strict=True):
+                    del missing[key], held[key]
+                    codes[key] = its_codes
 
     def held_out(self, sources: Sequence[Source], process: tuple[int, int]) -> list[Source]:
         """Sources to run through once (see `plan`), with the codes of this host's clips made now
         and kept in memory.
         """
         index, count = process
-        mine = [(source.records, i) for source in sources for i in range(len(source.records))][
+        own = [(source.records, i) for source in sources for i in range(len(source.records))][
             index::count
         ]
         clips = [
-            clip
-            for records, i in mine
-            if isinstance(records, PlannedClips) and (clip := records[i])
+            clip for records, i in own if isinstance(records, PlannedClips) and (clip := records[i])
         ]
         groups = ((clips[i : i + 32], None) for i in range(0, len(clips), 32))
         codes: dict[Key, np.ndarray | None] = {}
@@ -172,10 +161,16 @@ class Encoder:
 
     def finish(self) -> None:
         """Encodes no more, and turns caches that are whole into datasets."""
-        self.closed.set()
+        self.stop()
         for number, cache in enumerate(self._caches):
             if cache:
                 cache.finish(self.skipped.of(number))
+
+    def stop(self) -> None:
+        """Encodes and reads no more."""
+        self.closed.set()
+        if self._readers:
+            self._readers.close()
 
     def __enter__(self):
         if not all(self._caches):
@@ -183,9 +178,7 @@ class Encoder:
         return self
 
     def __exit__(self, *error):
-        self.closed.set()
-        if self._readers:
-            self._readers.close()
+        self.stop()
         for cache in filter(None, self._caches):
             cache.close()
 
@@ -197,15 +190,14 @@ class Encoder:
         if clip.key in self.skipped:
             return True, None
         codes = self._caches[number].get(index) if self._caches[number] else None
-        return codes is not None and len(codes) == clip.num_codes, codes
+        return codes is not None and clip.num_codes in (0, len(codes)), codes
 
     def _start_readers(self) -> Readers:
         if self._readers is None:
-            self._readers = Readers(self._sources, self.settings.workers)
+            self._readers = Readers(
+                self._sources, self.settings.workers, self.settings.max_clip_seconds
+            )
         return self._readers
-
-    def _read(self, key: Key) -> None:
-        self._start_readers().submit(key)
 
     def _receive(self, block: bool) -> list[tuple[Key, np.ndarray | None, str]]:
         self.doing = READING
@@ -216,10 +208,10 @@ class Encoder:
         if slowest := self._readers.slowest():
             key, seconds = slowest
             self.doing = f"{READING}{self._name(key)}"
-            # Told after the time that is set, twice as long, four times: not for ever.
+            # Warns after the time that is set, after twice that, four times: not for ever.
             turns = seconds / self.settings.stall_seconds
-            if turns >= 1 and turns >= 2 * self._told.get(key, 0.5):
-                self._told = {key: turns}
+            if turns >= 1 and turns >= 2 * self._warned.get(key, 0.5):
+                self._warned = {key: turns}
                 warnings.warn(
                     f"the data source is stalled: reading {self._name(key)} has taken {seconds:.0f}"
                     " s so far",
@@ -227,26 +219,24 @@ class Encoder:
                 )
         return received
 
-    def _alike(self, missing: dict[Key, PlannedClip], waves: dict[Key, np.ndarray]) -> list[Key]:
-        """Of the clips that are read the one that is needed first, and others of its length, as
-        many as the codec takes at once.
-        """
-        frames = next(clip for key, clip in missing.items() if key in waves).num_codes
-        alike = [key for key, clip in missing.items() if key in waves and clip.num_codes == frames]
-        return alike[: max(1, MAX_BATCH_SAMPLES // (frames * HOP))]
-
     def _encode(self, keys: list[Key], waves: list[np.ndarray]) -> list[np.ndarray]:
         seconds = sum(map(len, waves)) / SAMPLE_RATE
         self.doing = f"encoding {len(keys)} clips, {seconds:.0f} s of audio"
         try:
             codes = self.codec.encode(waves)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            # PyTorch's words on a GPU, and on a CPU
+            if isinstance(error, RuntimeError) and not any(
+                words in str(error) for words in ("out of memory", "can't allocate memory")
+            ):
                 raise
+            longest = max(zip(waves, keys, strict=True), key=lambda one: len(one[0]))
+            share = self.settings.gpu_memory
             raise UserError(
-                f"the codec ran out of memory on {self.settings.device}, {self.doing}; raise"
-                f" data.online.gpu_memory (it is {self.settings.gpu_memory}), or name another"
-                " data.online.device"
+                f"the codec ran out of memory on {self.settings.device}, {self.doing}, of which"
+                f" {self._name(longest[1])} is the longest ({len(longest[0]) / SAMPLE_RATE:.0f} s);"
+                f" lower max_clip_seconds (it is {self.settings.max_clip_seconds:g}), name another"
+                " device" + (f", or raise data.online.gpu_memory (it is {share})" if share else "")
             ) from error
         self.encoded_seconds += seconds
         for number, cache in enumerate(self._caches):
@@ -266,27 +256,21 @@ class Encoder:
             raise UserError(
                 f"{len(self.skipped)} clips of audio are bad, more than"
                 f" data.online.max_bad_share={self.settings.max_bad_share} of {seen};"
-                f" {self.skipped.explained()}; mend them, take them out, or raise the share"
+                f" {self.skipped.explained()}; fix them, take them out, or raise the share"
             )
 
     def _name(self, key: Key) -> str:
         return self._sources[key[0]].key(key[1])[0]
 
 
-def _divide_machine(settings: OnlineSettings) -> None:
-    """Keeps PyTorch to its share of cores or of its GPU."""
-    import torch
-
-    if settings.device.startswith("cuda") and settings.gpu_memory:
-        torch.cuda.set_per_process_memory_fraction(settings.gpu_memory, settings.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared = settings.device == "cpu" and jax.default_backend() == "cpu"
-    torch.set_num_threads(settings.torch_threads or max(1, cores // 2 if shared else cores))
+def _frames(wave: np.ndarray) -> int:
+    return len(wave) // HOP + 1
 
 
-def share_gpu(settings: OnlineSettings) -> None:
-    """Leaves the codec its part of the GPUs' memory, all of which JAX would otherwise plan with.
-    Before JAX begins.
+def _alike(missing: dict[Key, PlannedClip], waves: dict[Key, np.ndarray]) -> list[Key]:
+    """Of the clips that are read the one that is needed first, and others of its length, as many as
+    the codec takes at once.
     """
-    if settings.device.startswith("cuda"):
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.95 - settings.gpu_memory:.2f}")
+    frames = _frames(next(waves[key] for key in missing if key in waves))
+    alike = [key for key in missing if key in waves and _frames(waves[key]) == frames]
+    return alike[: max(1, MAX_BATCH_SAMPLES // (frames * HOP))]

@@ -9,8 +9,8 @@ from llasa_jax.data.builder import read_metadata
 from llasa_jax.data.conversations import Conversations
 from llasa_jax.data.records import open_utterances
 from llasa_jax.data.settings import SourceSettings
+from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.encode.planned import PlannedClips, Skipped
-from llasa_jax.encode.readers import AudioSource
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.encode.sources import open_audio
 from llasa_jax.errors import UserError

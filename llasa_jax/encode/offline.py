@@ -1,31 +1,31 @@
-"""Offline encoding: a manifest of audio and text becomes a dataset of codes, crash-safe and
-resumable.
+"""Offline encoding: audio and text become a dataset of codes, crash-safe and resumable.
 
-Codes go into a journal, `<out>.partial/journal.sqlite`, as they are made; the dataset is built from
-it when all are there.
+It is the `Encoder` of online training over every clip of a source. Codes go into a journal,
+`<out>.partial/journal.sqlite`, as they are made; the dataset is built from it when all are there.
 """
 
-import contextlib
 import dataclasses
-import json
 import os
-import shutil
-import sqlite3
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from llasa_jax.codec import Codec, load_codec
-from llasa_jax.data.builder import check_new, write_dataset
-from llasa_jax.data.manifest import Clip, assign_splits, file_key, read_manifest
+from llasa_jax.data.bad_list import BadList, reason_of
+from llasa_jax.data.builder import write_dataset
+from llasa_jax.data.records import record_of
+from llasa_jax.data.seal import TEXTS, check_unfinished, identity, is_made
+from llasa_jax.encode.audio_source import AudioSource
+from llasa_jax.encode.encoder import Encoder
+from llasa_jax.encode.journal import Journal, remove_journal
+from llasa_jax.encode.planned import PlannedClips, Skipped, planned
+from llasa_jax.encode.settings import OnlineSettings
+from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError
-from llasa_jax.speech.audio import SAMPLE_RATE, read_audio
 
-JOURNAL = "journal.sqlite"
+MAX_CLIP_SECONDS = OnlineSettings().max_clip_seconds
+AHEAD = 1024  # clips to choose from, for those of one length to be encoded together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,197 +52,185 @@ def encode(
     batch_seconds: float = 600.0,
     workers: int = 4,
     columns: str = "",
+    max_clip_seconds: float = MAX_CLIP_SECONDS,
 ) -> Summary:
     """Encodes a manifest's audio (`columns` are those of `read_manifest`) into a new dataset (see
     `write_dataset`) in the folder `out`.
 
-    `codec` is a loaded one, or a name or folder for `load_codec(codec, device)`. Audio is read by
-    `workers` threads and handed to the codec `batch_seconds` at a time; that much is lost by an
-    interruption at most, and the same command then goes on. An utterance without a split of its own
-    goes to "validation" or "train" by a hash of `seed` and its id, so it stays where it is when
-    others come or go; `validation_share` of the clips, and never none, are "validation". Clips that
-    cannot be read are passed over and listed, with reasons, in `<out>.bad.jsonl`. Raises
-    `UserError`, keeps the journal and writes no dataset if they are more than `max_bad_share` of
-    all, or all; also if `out` exists or another run is writing it.
+    An utterance without a split of its own goes to "validation" or "train" by a hash of `seed` and
+    its id, so it stays where it is when others come or go; `validation_share` of the clips, and
+    never none, are "validation". The rest is as in `encode_audio`.
     """
+    if not 0 <= validation_share < 1:
+        raise UserError(f"validation_share {validation_share} must be in [0, 1).")
+    _check(max_bad_share, batch_seconds, workers, max_clip_seconds)
+    source = ManifestAudio(manifest, validation_share, seed, columns)
+    return encode_audio(
+        source, out, codec, device, max_bad_share, batch_seconds, workers, max_clip_seconds
+    )
+
+
+def encode_audio(
+    source: AudioSource,
+    out: str | os.PathLike,
+    codec: str | Codec,
+    device: str = "cpu",
+    max_bad_share: float = 0.05,
+    batch_seconds: float = 600.0,
+    workers: int = 4,
+    max_clip_seconds: float = MAX_CLIP_SECONDS,
+) -> Summary:
+    """Encodes every clip of a source of audio into a new dataset (see `write_dataset`) in `out`.
+
+    `codec` is a loaded one, or a name or folder for `load_codec(codec, device)`. Audio is read by
+    `workers` processes, no more than `batch_seconds` of it ahead of the codec. Codes are kept as
+    they are made, and the same command goes on from them after an interruption; given again when
+    it is done, it does nothing. Clips that cannot be read, that have no text, or that are longer
+    than `max_clip_seconds` are passed over and listed, with reasons, in `<out>.bad.jsonl`. Raises
+    `UserError`, keeps the journal and writes no dataset if they are more than `max_bad_share` of
+    all, or all; also if `out` holds anything else or another run is writing it.
+    """
+    _check(max_bad_share, batch_seconds, workers, max_clip_seconds)
     out = Path(os.path.abspath(out))
-    if (
-        not 0 <= validation_share < 1
-        or not 0 <= max_bad_share <= 1
-        or batch_seconds <= 0
-        or workers < 1
-    ):
-        raise UserError(
-            f"validation_share {validation_share} must be in [0, 1), max_bad_share {max_bad_share}"
-            f" in [0, 1], batch_seconds {batch_seconds} above 0 and workers {workers} at least 1;"
-            " correct the setting."
-        )
-    check_new(out)
-    utterances = read_manifest(manifest, columns)
+    partial, bad_list = _beside(out, "partial"), BadList(_beside(out, "bad.jsonl"))
+    check_unfinished(out)  # before the codec is loaded
     if isinstance(codec, str | os.PathLike):
         codec = load_codec(codec, device)
+    skipped = Skipped(quiet=True)
+    good, made_from = _look(source, codec, max_clip_seconds, skipped)
+    if (summary := is_made(out, made_from)) is not None:
+        remove_journal(partial)
+        print(f"{out}: done already by the same command.")
+        return Summary(**summary)
 
-    partial = out.with_name(f"{out.name}.partial")
-    bad_path = out.with_name(f"{out.name}.bad.jsonl")
-    with contextlib.closing(open_journal(partial)) as journal:
-        # Codes in the journal count only for the same audio file, unchanged, and the same codec.
-        files = {
-            utterance.id: (*file_key(utterance.audio), codec.fingerprint)
-            for utterance in utterances
-        }
-        ready = {
-            row[0]
-            for row in journal.execute("SELECT id, audio, size, mtime, codec FROM codes")
-            if files.get(row[0]) == row[1:]
-        }
-        # Neighbours in file size are near in length: the codec batches equal lengths, and the
-        # longest come last.
-        todo = sorted(
-            (u for u in utterances if u.id not in ready), key=lambda u: (files[u.id][1], u.id)
+    with Journal(partial, source, codec.fingerprint) as journal:
+        ready = {index for index in good if journal.get(index) is not None}
+        if ready:
+            print(f"{len(ready)} of {len(source)} clips were encoded by an earlier run.")
+        if journal.damaged:
+            print(f"The codes of {journal.damaged} clips in {partial} are damaged, and made again.")
+        settings = OnlineSettings(
+            device=device,
+            workers=workers,
+            read_ahead=batch_seconds,
+            max_bad_share=1.0,  # judged at the end, when all good clips are encoded
+            gpu_memory=0.0,
+            max_clip_seconds=max_clip_seconds,
         )
-        resumed, bad = len(ready), []
-        if resumed:
-            print(f"{resumed} of {len(utterances)} clips were encoded by an earlier run.")
-        with (
-            tqdm(total=len(todo), unit="clip", desc="encode") as progress,
-            contextlib.closing(_windows(todo, workers, batch_seconds)) as windows,
-        ):
-            for clips, faults in windows:
-                codes = codec.encode([wave for _, wave in clips])
-                with journal:
-                    journal.executemany(
-                        "INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?, ?, ?)",
-                        [
-                            (u.id, *files[u.id], row.astype("<u2").tobytes())
-                            for (u, _), row in zip(clips, codes, strict=True)
-                        ],
-                    )
-                ready.update(u.id for u, _ in clips)
-                bad.extend(faults)
-                progress.update(len(clips) + len(faults))
-
-        bad_path.unlink(missing_ok=True)
-        if bad:
-            lines = [
-                json.dumps(
-                    {"id": u.id, "audio": str(u.audio), "reason": reason}, ensure_ascii=False
-                )
-                for u, reason in bad
-            ]
-            bad_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if len(bad) > max_bad_share * len(utterances) or not ready:
+        _encode(source, good - ready, codec, settings, journal, skipped)
+        good -= skipped.of(0)
+        for line in skipped.lines:
+            bad_list.add(line)
+        bad_list.publish()
+        if len(skipped) > max_bad_share * len(source) or not good:
             raise UserError(
-                f"{manifest}: {len(bad)} of {len(utterances)} clips are bad (max_bad_share is"
-                f" {max_bad_share}); the first: {bad[0][1]} Mend those listed in {bad_path}, or"
-                " take them out of the manifest, and run again: the good ones are kept."
+                f"{source.name}: {len(skipped)} of {len(source)} clips are bad (max_bad_share is"
+                f" {max_bad_share}); the first: {skipped.lines[0]['reason']} Fix those listed in"
+                f" {bad_list.path}, or take them out, and run again: the good ones are kept."
             )
-        assigned = assign_splits(utterances, validation_share, seed)
-        splits = {}
-        for utterance in utterances:
-            if utterance.id in ready:
-                splits.setdefault(assigned[utterance.id], []).append(utterance)
-        metadata = {
-            "codec": codec.name,
-            "fingerprint": codec.fingerprint,
-            "hop": codec.hop,
-            "sample_rate": codec.sample_rate,
-        }
-        write_dataset(
-            out, {split: _examples(journal, members) for split, members in splits.items()}, metadata
-        )
-        frames = journal.execute("SELECT id, length(codes) / 2 FROM codes").fetchall()
-    shutil.rmtree(partial)
+        splits: dict[str, list[int]] = {}
+        for index in sorted(good):
+            splits.setdefault(source.split_names[index], []).append(index)
+        counts = {split: len(members) for split, members in sorted(splits.items())}
+        done = Summary(len(good) - len(ready), len(ready), len(skipped), 0.0, counts)
+        frames: list[int] = []
 
-    hours = (
-        sum(length for clip, length in frames if clip in ready)
-        * codec.hop
-        / codec.sample_rate
-        / 3600
-    )
-    summary = Summary(
-        len(ready) - resumed,
-        resumed,
-        len(bad),
-        hours,
-        {split: len(members) for split, members in sorted(splits.items())},
-    )
-    counts = ", ".join(f"{count} {split}" for split, count in summary.splits.items())
+        def records(indices: list[int]) -> Iterator[dict]:
+            for index in indices:
+                codes = journal.get(index)
+                if codes is None:
+                    raise UserError(
+                        f"{partial}: the codes of {source.ids[index]!r} are damaged, or its audio"
+                        " has changed; give the same command again, which encodes it again."
+                    )
+                frames.append(len(codes))
+                yield record_of(source.utterance(index), codes)
+
+        def finish() -> dict:
+            nonlocal done
+            hours = sum(frames) * codec.hop / codec.sample_rate / 3600
+            done = dataclasses.replace(done, hours=hours)
+            return dataclasses.asdict(done)
+
+        streams = {split: records(indices) for split, indices in splits.items()}
+        write_dataset(out, streams, codec_metadata(codec), made_from, finish)
+    remove_journal(partial)
+    words = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(
-        f"{out}: {counts}; {hours:.2f} hours of speech"
-        + (f"; {len(bad)} bad clips, see {bad_path}." if bad else ".")
+        f"{out}: {words}; {done.hours:.2f} hours of speech"
+        + (f"; {done.bad} bad clips, see {bad_list.path}." if done.bad else ".")
     )
-    return summary
+    return done
 
 
-def _windows(utterances: list[Clip], workers: int, seconds: float) -> Iterator[tuple[list, list]]:
-    """Reads audio in threads, a bounded way ahead: ([(utterance, wave)], [(utterance, reason)]) of
-    at least `seconds` of audio.
-    """
-
-    def read(utterance):
-        try:
-            return read_audio(utterance.audio), None
-        except (UserError, OSError) as error:
-            return None, str(error)
-
-    pool, pending, waiting = ThreadPoolExecutor(workers), deque(), iter(utterances)
-    clips, faults, samples = [], [], 0
+def _encode(
+    source: AudioSource,
+    wanted: set[int],
+    codec: Codec,
+    settings: OnlineSettings,
+    journal: Journal,
+    skipped: Skipped,
+) -> None:
+    """Puts the codes of these clips into the journal, or the clips into `skipped`."""
+    # Neighbours in file size are near in length: the codec batches equal lengths, and the longest
+    # come last.
+    todo = sorted(wanted, key=lambda index: (source.key(index)[1], source.ids[index]))
+    settings = dataclasses.replace(settings, workers=min(settings.workers, max(len(todo), 1)))
+    clips = PlannedClips(source, source.split_names[0], 0, skipped)
+    groups = (([planned(source.utterance(index), (0, index))], None) for index in todo)
+    encoder = Encoder(codec, [clips], settings, [journal])
     try:
-        while True:
-            while len(pending) < 4 * workers and (utterance := next(waiting, None)) is not None:
-                pending.append((utterance, pool.submit(read, utterance)))
-            if not pending:
-                break
-            utterance, future = pending.popleft()
-            wave, reason = future.result()
-            if reason is None:
-                clips.append((utterance, wave))
-                samples += len(wave)
-            else:
-                faults.append((utterance, reason))
-            if samples >= seconds * SAMPLE_RATE:
-                yield clips, faults
-                clips, faults, samples = [], [], 0
-        if clips or faults:
-            yield clips, faults
+        for _ in tqdm(encoder.encode(groups, AHEAD), "encode", len(todo), unit="clip"):
+            pass
     finally:
-        pool.shutdown(cancel_futures=True)
+        encoder.stop()
 
 
-def open_journal(partial: Path, name: str = JOURNAL) -> sqlite3.Connection:
-    """Opens, or makes, the journal in a folder, for this process alone. UserError where another has
-    it open, or it is none.
-    """
-    partial.mkdir(parents=True, exist_ok=True)
-    path = partial / name
-    journal = sqlite3.connect(path, timeout=0, check_same_thread=False)
-    try:
-        journal.execute("PRAGMA locking_mode=EXCLUSIVE")
-        journal.execute("PRAGMA journal_mode=WAL")
-        journal.execute(
-            "CREATE TABLE IF NOT EXISTS codes (id TEXT PRIMARY KEY, audio TEXT, size INT, mtime"
-            " INT, codec TEXT, codes BLOB)"
-        )
-        with journal:  # a write takes the lock, which then stays until the journal is closed
-            journal.execute("PRAGMA user_version=1")
-    except sqlite3.OperationalError as error:
-        journal.close()
-        raise UserError(
-            f"{path}: in use ({error}); wait for the other run that is encoding to the same folder."
-        ) from error
-    except sqlite3.DatabaseError as error:
-        journal.close()
-        raise UserError(
-            f"{path}: not a journal of codes ({error}); delete {partial} to begin again."
-        ) from error
-    return journal
+def codec_metadata(codec: Codec) -> dict:
+    """What a dataset says of the codec that made it."""
+    return {
+        "codec": codec.name,
+        "fingerprint": codec.fingerprint,
+        "hop": codec.hop,
+        "sample_rate": codec.sample_rate,
+    }
 
 
-def _examples(journal: sqlite3.Connection, utterances: list[Clip]) -> Iterator[dict]:
-    for utterance in utterances:
-        (codes,) = journal.execute(
-            "SELECT codes FROM codes WHERE id = ?", (utterance.id,)
-        ).fetchone()
-        example = dataclasses.asdict(utterance)
-        del example["audio"], example["split"]
-        yield {**example, "codes": np.frombuffer(codes, "<u2").astype(np.uint16)}
+def _look(
+    source: AudioSource, codec: Codec, max_clip_seconds: float, skipped: Skipped
+) -> tuple[set[int], str]:
+    """The clips that may be encoded, and the identity of the command. Others go to `skipped`."""
+    good: set[int] = set()
+
+    def rows() -> Iterator[tuple]:
+        for index in range(len(source)):
+            # Neither the paths nor the order matter, but what lies there.
+            yield source.ids[index], source.split_names[index], *source.key(index)[1:]
+            try:
+                if index in source.faults:
+                    raise UserError(source.faults[index])
+                utterance = source.utterance(index)
+                source.check_text(index, utterance.text)
+            except Exception as error:  # noqa: BLE001 one clip never ends all
+                skipped.add((0, index), source.ids[index], source.key(index)[0], reason_of(error))
+                continue
+            good.add(index)
+            yield tuple(getattr(utterance, name) for name in TEXTS)
+
+    return good, identity("encode", codec.fingerprint, max_clip_seconds, rows())
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(f"{out.name}.{suffix}")
+
+
+def _check(max_bad_share: float, batch_seconds: float, workers: int, max_seconds: float) -> None:
+    faults = {
+        f"max_bad_share {max_bad_share} must be in [0, 1]": not 0 <= max_bad_share <= 1,
+        f"batch_seconds {batch_seconds} must be above 0": not 0 < batch_seconds < float("inf"),
+        f"workers {workers} must be in [1, 1024]": not 1 <= workers <= 1024,
+        f"max_clip_seconds {max_seconds} must be above 0": not max_seconds > 0,
+    }
+    for words, wrong in faults.items():
+        if wrong:
+            raise UserError(f"{words}; correct the setting.")

@@ -63,18 +63,18 @@ class OnlineBatches(grain.DatasetIterator):
         """
         if self._thread.ident is None:
             self._thread.start()
-        began, told = time.monotonic(), self._settings.stall_seconds
+        began, limit = time.monotonic(), self._settings.stall_seconds
         while self._failure is None and self._ready.empty() and not interrupted():
             time.sleep(POLL / 10)
             waited = time.monotonic() - began
-            # The encoder itself tells of slow audio.
-            if waited > told and not self._encoder.doing.startswith(READING):
+            # Slow audio the encoder itself reports.
+            if waited > limit and not self._encoder.doing.startswith(READING):
                 warnings.warn(
                     f"training has waited {waited:.0f} s for data: the encoder is"
                     f" {self._encoder.doing}",
                     stacklevel=2,
                 )
-                told *= 2
+                limit *= 2
         return self._failure is None
 
     def __next__(self) -> dict:

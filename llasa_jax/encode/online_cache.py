@@ -7,12 +7,10 @@ Every host of several writes a journal of its own, and at the next start the fir
 into one.
 """
 
-import contextlib
 import os
-import shutil
-import sqlite3
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,18 +19,21 @@ import numpy as np
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.data.builder import read_metadata, write_dataset
 from llasa_jax.data.records import record_of
+from llasa_jax.data.seal import foreign_files, remove_dataset
+from llasa_jax.encode.audio_source import AudioSource
+from llasa_jax.encode.devices import divide_machine
 from llasa_jax.encode.encoder import Encoder
-from llasa_jax.encode.offline import JOURNAL, open_journal
+from llasa_jax.encode.journal import JOURNAL, SUFFIXES, Journal
+from llasa_jax.encode.offline import codec_metadata
 from llasa_jax.encode.planned import PlannedClips
-from llasa_jax.encode.readers import AudioSource
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
 from llasa_jax.runtime import hosts
 
 
 class CodesCache:
-    """The codes of one source's clips in `folder`. UserError where they are of another codec, and
-    where another run writes them.
+    """The codes of one source's clips in `folder`. UserError where they are of another codec, where
+    another run writes them, and where the folder holds anything else.
 
     `splits` has the indices of the clips of each split that is used. Codes are given for the same
     audio, unchanged, only.
@@ -45,67 +46,38 @@ class CodesCache:
         splits: dict[str, Sequence[int]],
         codec: Codec,
     ):
-        self._folder, self._audio, self._splits, self._codec = (
-            Path(os.path.abspath(folder)),
-            audio,
-            splits,
-            codec,
-        )
+        self._folder = Path(os.path.abspath(folder))
+        self._audio, self._splits, self._codec = audio, splits, codec
         self._partial = self._folder.with_name(f"{self._folder.name}.partial")
+        self._fresh = self._folder.with_name(f"{self._folder.name}.fresh")
         self._several = jax.process_count() > 1
-        self._lock = (
-            threading.Lock()
-        )  # a journal cannot be closed, and stays locked, while the encoder's thread is at it
-        self._shared: sqlite3.Connection | None = None
-        self._own: sqlite3.Connection | None = None
+        # A journal cannot be closed, and stays locked, while the encoder's thread is at it.
+        self._lock = threading.Lock()
+        self._shared: Journal | None = None
+        self._own: Journal | None = None
         self._new = False
-        if jax.process_index() == 0:
-            self._check()
-            self._merge()
-        hosts.largest(0)  # all journals are one before anybody looks
+        _on_the_first_host(self._prepare)  # all journals are one before anybody looks
         if self._several:
-            self._shared = sqlite3.connect(
-                f"file:{self._partial / JOURNAL}?mode=ro&immutable=1",
-                uri=True,
-                check_same_thread=False,
-            )
-        name = f"{Path(JOURNAL).stem}.{jax.process_index()}.sqlite" if self._several else JOURNAL
-        self._own = open_journal(self._partial, name)
-        # A power cut may cost the last codes, never the journal; without it, every few clips would
-        # wait for the disk.
-        self._own.execute("PRAGMA synchronous=NORMAL")
+            self._shared = self._journal(read_only=True)
+        self._own = self._journal(
+            f"{Path(JOURNAL).stem}.{jax.process_index()}.sqlite" if self._several else JOURNAL
+        )
 
     def get(self, index: int) -> np.ndarray | None:
-        clip, key = (
-            self._audio.utterance(index).id,
-            (*self._audio.key(index), self._codec.fingerprint),
-        )
+        """The codes of a clip, uint16 (frames,); None where there are none."""
         with self._lock:
             for journal in filter(None, (self._own, self._shared)):
-                row = journal.execute(
-                    "SELECT audio, size, mtime, codec, codes FROM codes WHERE id = ?", (clip,)
-                ).fetchone()
-                if row and row[:4] == key:
-                    return np.frombuffer(row[4], "<u2").astype(np.uint16)
+                codes = journal.get(index)
+                if codes is not None:
+                    return codes
         return None
 
     def put(self, clips: Sequence[tuple[int, np.ndarray]]) -> None:
-        rows = [
-            (
-                self._audio.utterance(i).id,
-                *self._audio.key(i),
-                self._codec.fingerprint,
-                codes.astype("<u2").tobytes(),
-            )
-            for i, codes in clips
-        ]
+        """Keeps the codes of these clips, by their indices."""
         with self._lock:
             if self._own is None:
                 return  # closed, while the codec was at its last clips
-            with self._own:
-                self._own.executemany(
-                    "INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?, ?, ?)", rows
-                )
+            self._own.put(clips)
             self._new = True
 
     def finish(self, skipped: set[int]) -> None:
@@ -115,11 +87,14 @@ class CodesCache:
         new, skipped_anywhere = hosts.largest(self._new), hosts.largest(len(skipped))
         if self._several:
             self.close()
-            hosts.largest(0)
-            if jax.process_index() == 0:
+            hosts.largest(0)  # all journals are closed
+
+        def write():
+            if self._several:
                 self._merge()
-                self._own = open_journal(self._partial)
-        if jax.process_index() == 0 and (new or not self._folder.is_dir()):
+                self._own = self._journal()
+            if not new and self._folder.is_dir():
+                return
             there = {
                 split: [i for i in indices if self.get(i) is not None]
                 for split, indices in self._splits.items()
@@ -127,7 +102,8 @@ class CodesCache:
             missing = sum(map(len, self._splits.values())) - sum(map(len, there.values()))
             if missing <= max(skipped_anywhere, len(skipped)) and all(there.values()):
                 self._write(there)
-        hosts.largest(0)
+
+        _on_the_first_host(write)
 
     def close(self) -> None:
         with self._lock:
@@ -135,7 +111,30 @@ class CodesCache:
                 journal.close()
             self._own = self._shared = None
 
+    def _journal(self, name: str = JOURNAL, read_only: bool = False) -> Journal:
+        return Journal(self._partial, self._audio, self._codec.fingerprint, name, read_only)
+
+    def _prepare(self) -> None:
+        self._check()
+        self._merge()
+
     def _check(self) -> None:
+        # What lies in the folder is deleted once a new dataset is written, so nothing else may.
+        for folder in (self._folder, self._fresh, self._partial):
+            if not os.path.lexists(folder):
+                continue
+            if not folder.is_dir():
+                raise UserError(f"{folder}: is not a folder; give another data.online.cache")
+            foreign = (
+                [path.name for path in folder.iterdir() if not _is_journal(path.name)]
+                if folder == self._partial
+                else foreign_files(folder)
+            )
+            if foreign:
+                raise UserError(
+                    f"{folder}: holds {min(foreign)}, which no cache of codes holds; give"
+                    " data.online.cache a folder of its own"
+                )
         if not self._folder.is_dir() or not any(self._folder.iterdir()):
             return
         made_by = read_metadata(self._folder)
@@ -154,61 +153,99 @@ class CodesCache:
 
     def _merge(self) -> None:
         """Puts all hosts' journals into the first, and refuses codes of another codec."""
-        with contextlib.closing(open_journal(self._partial)) as journal:
+        with self._journal() as journal:
             for path in sorted(self._partial.glob(f"{Path(JOURNAL).stem}.*.sqlite")):
-                with contextlib.closing(open_journal(self._partial, path.name)) as other, journal:
-                    journal.executemany(
-                        "INSERT OR REPLACE INTO codes VALUES (?, ?, ?, ?, ?, ?)",
-                        other.execute("SELECT * FROM codes"),
-                    )
-                path.unlink()
-            others = journal.execute(
-                "SELECT codec FROM codes WHERE codec != ? LIMIT 1", (self._codec.fingerprint,)
-            ).fetchone()
-        if others:
+                journal.absorb(path)
+            other = journal.other_codec()
+        if other:
             raise UserError(
-                f"{self._partial}: the cache holds codes of another codec ({others[0]}) than"
+                f"{self._partial}: the cache holds codes of another codec ({other}) than"
                 f" {self._codec.name} ({self._codec.fingerprint}); delete it, or give another"
                 " data.online.cache"
             )
 
     def _write(self, splits: dict[str, list[int]]) -> None:
-        codec = self._codec
-        metadata = {
-            "codec": codec.name,
-            "fingerprint": codec.fingerprint,
-            "hop": codec.hop,
-            "sample_rate": codec.sample_rate,
-        }
-        fresh = self._folder.with_name(f"{self._folder.name}.fresh")
-        shutil.rmtree(fresh, ignore_errors=True)
+        if self._fresh.is_dir():
+            remove_dataset(self._fresh)  # from a run that was killed here
         write_dataset(
-            fresh, {split: self._examples(indices) for split, indices in splits.items()}, metadata
+            self._fresh,
+            {split: self._records(indices) for split, indices in splits.items()},
+            codec_metadata(self._codec),
         )
-        shutil.rmtree(self._folder, ignore_errors=True)
-        fresh.rename(self._folder)
+        # A kill between these two leaves the journal, from which the next run writes the dataset.
+        if self._folder.is_dir():
+            remove_dataset(self._folder)
+        self._fresh.rename(self._folder)
         print(
             f"{self._folder}: all codes are there; data.mode=offline with data.path={self._folder}"
             " trains on them without the codec"
         )
 
-    def _examples(self, indices: Sequence[int]) -> Iterator[dict]:
+    def _records(self, indices: Sequence[int]) -> Iterator[dict]:
         for index in indices:
-            yield record_of(self._audio.utterance(index), self.get(index))
+            codes = self.get(index)
+            if codes is None:
+                raise UserError(
+                    f"{self._partial}: the codes of {self._audio.ids[index]!r} are damaged, or its"
+                    " audio has changed; the same command encodes it again"
+                )
+            yield record_of(self._audio.utterance(index), codes)
+
+
+def _is_journal(name: str) -> bool:
+    stem = re.escape(Path(JOURNAL).stem)
+    return bool(re.fullmatch(rf"{stem}(\.\d+)?\.sqlite({'|'.join(SUFFIXES)})", name))
+
+
+def _on_the_first_host(work: Callable[[], None]) -> None:
+    """Does `work` on the first host, while the others wait for it. If it fails, all raise."""
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 raised below, when the others know
+            failure = error
+    if hosts.largest(failure is not None):
+        raise failure or UserError(
+            "the first host cannot use data.online.cache, and training stops on all; its own log"
+            " says why"
+        )
+
+
+def check_place(cache: str | os.PathLike, out: str | os.PathLike) -> None:
+    """UserError where a cache and a run's folder `out` are one, or one lies in the other: a cache
+    replaces its folder.
+    """
+    run = os.path.realpath(out)
+    for suffix in ("", ".partial", ".fresh"):
+        folder = os.path.realpath(os.path.abspath(cache) + suffix)
+        if os.path.commonpath([run, folder]) in (run, folder):
+            raise UserError(
+                f"data.online.cache={cache} and the run's folder, out={out}, must not lie in each"
+                " other; give the cache a folder of its own"
+            )
 
 
 def open_encoder(
-    online: OnlineSettings, records: Sequence, validation: Sequence, codec: Codec | None = None
+    online: OnlineSettings,
+    records: Sequence,
+    validation: Sequence,
+    codec: Codec | None = None,
+    out: str = "",
 ) -> Encoder | None:
     """What encodes the online sources among the records of `open_sources`, with the cache that is
     set; None where none is online.
 
-    `codec` takes the place of the one that `data.online.codec` names.
+    `codec` takes the place of the one that `data.online.codec` names. `out` is the run's folder.
+    UserError where the cache must not lie where it is set, and where it is of no use.
     """
+    if online.cache and out:
+        check_place(online.cache, out)
     clips = [one for one in (*records, *validation) if isinstance(one, PlannedClips)]
     if not clips:
         return None
     codec = codec or load_codec(online.codec, online.device)
+    divide_machine(online)
     caches: dict[int, CodesCache | None] = {one.number: None for one in clips}
     if online.cache:
         names = {
@@ -225,8 +262,8 @@ def open_encoder(
                 " without data.online.cache"
             )
         for number, folder in names.items():
-            mine = [one for one in clips if one.number == number]
+            parts = [one for one in clips if one.number == number]
             caches[number] = CodesCache(
-                folder, mine[0].audio, {one.split: one.indices for one in mine}, codec
+                folder, parts[0].audio, {one.split: one.indices for one in parts}, codec
             )
     return Encoder(codec, clips, online, [caches[number] for number in sorted(caches)])

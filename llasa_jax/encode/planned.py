@@ -10,7 +10,8 @@ import numpy as np
 
 from llasa_jax.codec import HOP
 from llasa_jax.data.bad_list import as_json, reason_of
-from llasa_jax.encode.readers import AudioSource, Key
+from llasa_jax.encode.audio_source import AudioSource
+from llasa_jax.encode.readers import Key
 from llasa_jax.speech.prompts import Utterance
 
 SHOWN = 20  # bad clips reported on the terminal

@@ -1,56 +1,28 @@
 """Audio read and resampled in processes of their own, which may be slow, stall or die without
-training doing so.
+encoding or training doing so.
 """
 
+import contextlib
+import math
 import multiprocessing
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from time import monotonic
-from typing import Protocol
+from unittest import mock
 
 import numpy as np
 
+from llasa_jax.data.bad_list import reason_of
+from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.errors import UserError
-from llasa_jax.speech.prompts import Utterance
+from llasa_jax.speech.audio import SAMPLE_RATE
 
 CHANCES = 3  # how many processes may die of one clip
 STARTS = 10  # how many processes in a row may die as they start
 Key = tuple[int, int]  # a source and the clip's index in it
-
-
-class AudioSource(Protocol):
-    """Clips of audio with their texts, with random access. Picklable, and quick to import: it is
-    sent to every reading process.
-    """
-
-    name: str  # where it lies, for messages; its last part names its cache where there are several
-
-    def __len__(self) -> int: ...
-
-    def split(self, name: str) -> Sequence[int]:
-        """The indices of a split's clips, in the order of a dataset made from them
-        (`builder.record_order`). UserError without it.
-        """
-
-    def utterance(self, index: int) -> Utterance:
-        """Everything but the codes, which are None. Ids are unique in the source."""
-
-    def key(self, index: int) -> tuple[str, int, int]:
-        """Where the audio lies, its size and its time of change: codes in a cache are good for the
-        same key only.
-        """
-
-    def samples(self, index: int) -> int:
-        """How many samples `wave` has, without decoding. Raises UserError where that cannot be
-        told.
-        """
-
-    def wave(self, index: int) -> np.ndarray:
-        """Float32 (samples,), mono, 16 kHz. Raises UserError, with the reason, for a clip that
-        cannot be used.
-        """
 
 
 class Readers:
@@ -59,11 +31,13 @@ class Readers:
 
     They are given a clip once they have started, so that one that dies before is no clip's fault.
     Spawned, not forked: a fork of a process that runs JAX may hang. They leave signals to the
-    trainer, which kills them with `close`, and end by themselves when it is gone.
+    trainer, which kills them with `close`, and end by themselves when it is gone. Clips of more
+    than `max_seconds` are refused.
     """
 
-    def __init__(self, sources: Sequence[AudioSource], count: int):
+    def __init__(self, sources: Sequence[AudioSource], count: int, max_seconds: float = math.inf):
         self._sources, self._context = sources, multiprocessing.get_context("spawn")
+        self._max_seconds = max_seconds
         self._todo: deque[Key] = deque()
         self._deaths: Counter[Key] = Counter()
         self._in_vain = 0  # processes that died as they started since one did not
@@ -118,12 +92,16 @@ class Readers:
             process.kill()
 
     def _start(self) -> None:
-        ours, its = self._context.Pipe()
+        ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=_read, args=(self._sources, its), daemon=True, name="llasa-jax reader"
+            target=_read,
+            args=(self._sources, theirs, self._max_seconds),
+            daemon=True,
+            name="llasa-jax reader",
         )
-        process.start()
-        its.close()  # or its end would go unnoticed
+        with _without_main():
+            process.start()
+        theirs.close()  # or the process's end would go unnoticed
         self._busy[ours] = None, monotonic(), process
 
     def _hand_out(self) -> None:
@@ -160,7 +138,17 @@ class Readers:
         return process.exitcode
 
 
-def _read(sources: Sequence[AudioSource], pipe) -> None:
+@contextlib.contextmanager
+def _without_main():
+    """Keeps multiprocessing from running the main program once more in the process that it starts:
+    readers need nothing of it, and a plain script has no `if __name__ == "__main__"`.
+    """
+    main = sys.modules["__main__"]
+    with mock.patch.multiple(main, create=True, __spec__=None, __file__=None):
+        yield
+
+
+def _read(sources: Sequence[AudioSource], pipe, max_seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     result = None, ""  # the first thing that is sent: it has started
@@ -171,11 +159,20 @@ def _read(sources: Sequence[AudioSource], pipe) -> None:
         except (EOFError, OSError):
             return
         try:
-            result = _checked(sources[source].wave(index)), ""
-        except (UserError, OSError) as error:
-            result = None, str(error)
+            result = _checked(_wave(sources[source], index, max_seconds)), ""
         except Exception as error:  # noqa: BLE001 decoders raise their own kinds, and one clip is not worth a run
-            result = None, f"{type(error).__name__}: {error}"
+            result = None, reason_of(error)
+
+
+def _wave(source: AudioSource, index: int, max_seconds: float) -> np.ndarray:
+    wave = source.wave(index)
+    if len(wave) > max_seconds * SAMPLE_RATE:
+        raise UserError(
+            f"{source.key(index)[0]}: {len(wave) / SAMPLE_RATE:.0f} s long, and the codec's memory"
+            " grows with the square of that; cut it, or raise max_clip_seconds (it is"
+            f" {max_seconds:g})."
+        )
+    return wave
 
 
 def _checked(wave: np.ndarray) -> np.ndarray:

@@ -2,63 +2,111 @@
 while training.
 """
 
-from dataclasses import dataclass, field
+import posixpath
+from dataclasses import dataclass
 from typing import Literal
 
-from llasa_jax.data.settings import SourceSettings
+from llasa_jax.data.settings import SourceSettings, check_splits
+from llasa_jax.errors import UserError
+from llasa_jax.runtime.settings import DEVICE_WORDS, MAX_SEED, TORCH_DEVICE, group, setting
 
 
 @dataclass(frozen=True)
 class OnlineSettings:
-    """How audio becomes codes while training, where `data.mode` is online. `codec` and `device` are
-    those of `encode`.
+    """How audio becomes codes while training, where data.mode is online."""
 
-    `columns`: audio=COLUMN,text=COLUMN and so on, of Hugging Face's and TFDS's datasets (empty, the
-    usual names are looked for) and of JSONL manifests; or id,text,speaker, of
-    manifests with |. `queue`: finished batches that may wait for the devices, and as many
-    that are planned ahead of them. `workers`: processes that read audio, no more than `read_ahead`
-    seconds of it before it is encoded. `cache`: a folder of codes, written as they are made and a
-    dataset once all are there. More than `max_bad_share` bad clips stop training. A warning comes
-    when training has waited `stall_seconds` for data. `validation_share` of the clips without a
-    split, chosen by `split_seed`, are the split validation, as `encode` does it. `torch_threads` is
-    how many cores the codec takes; 0 is all, or half where JAX computes on them too. `gpu_memory`
-    is the codec's share of its GPU; JAX takes the rest, less 5%.
-    """
-
-    codec: str = "HKUSTAudio/xcodec2-hf"
-    device: str = "cpu"
-    columns: str = ""
-    queue: int = 4
-    workers: int = 4
-    read_ahead: float = 600.0
-    cache: str = ""
-    max_bad_share: float = 0.05
-    stall_seconds: float = 30.0
-    validation_share: float = 0.0
-    split_seed: int = 0
-    torch_threads: int = 0
-    gpu_memory: float = 0.2
+    codec: str = setting("HKUSTAudio/xcodec2-hf", path=True)
+    """Codec that makes the codes: an XCodec2 checkpoint's hub id or folder."""
+    device: str = setting("cpu", pattern=TORCH_DEVICE, words=DEVICE_WORDS, resume=True)
+    """Device on which the codec runs, as PyTorch names it."""
+    columns: str = setting("")
+    """Columns of a Hugging Face or TFDS dataset or a JSONL manifest: audio=COLUMN,text=COLUMN and
+    any of id, speaker, language, description; or id,text,speaker of a manifest with |. Empty, the
+    usual names are looked for."""
+    queue: int = setting(4, low=1, high=1024, resume=True)
+    """Finished batches that may wait for the devices; as many are planned ahead of them."""
+    workers: int = setting(4, low=1, high=1024, resume=True)
+    """Processes that read audio."""
+    read_ahead: float = setting(600.0, above=0, high=86_400, resume=True)
+    """Seconds of audio that may be read before they are encoded."""
+    cache: str = setting("", path=True, resume=True)
+    """Folder that keeps the codes as they are made, and becomes a dataset once all are there;
+    empty, codes are made again in every epoch. It holds nothing else, and must not lie in the run's
+    folder nor hold it."""
+    max_bad_share: float = setting(0.05, low=0, below=1, resume=True)
+    """Share of unreadable clips above which training stops."""
+    stall_seconds: float = setting(30.0, above=0, high=86_400, resume=True)
+    """Seconds that training may wait for data before it warns."""
+    validation_share: float = setting(0.0, low=0, below=1)
+    """Share of the clips without a split that becomes the split validation, as in encode."""
+    split_seed: int = setting(0, low=0, high=MAX_SEED)
+    """Seed of the choice of validation clips."""
+    torch_threads: int = setting(0, low=0, high=1024, resume=True)
+    """Cores that the codec uses; 0 is all of them, or half where JAX computes on the CPU too."""
+    gpu_memory: float = setting(0.2, low=0, high=0.9, resume=True)
+    """The codec's share of its GPU's memory; JAX takes the rest, less 5%. 0 sets the codec no
+    limit."""
+    max_clip_seconds: float = setting(120.0, above=0, high=3600)
+    """Seconds above which a clip counts as bad: the codec's memory grows with the square of its
+    length."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`path`: a folder that `encode` made; or, for a mixture of several, `sources`. An epoch is one
-    pass over the first of them.
-
-    With `mode` online, paths are of audio: a manifest as `encode` takes it, a Hugging Face
-    dataset's folder or hub id (`NAME:CONFIG`), or `tfds:NAME`; a source may have its own mode.
-    Clips longer than a row of `max_length` tokens are dropped and counted, or cut. With `pack` a
-    row holds as many clips as fit. `doctor`: what a bad finding of the quick look at the records
-    before training does.
-    """
+    """The training data: one dataset at data.path, or several in data.sources."""
 
     mode: Literal["offline", "online"] = "offline"
-    path: str = ""
-    train_split: str = "train"
-    validation_split: str = ""
-    sources: list[SourceSettings] = field(default_factory=list)
-    max_length: int = 2048
+    """offline: data.path is a dataset of codes. online: it is audio, which becomes codes while
+    training."""
+    path: str = setting("", path=True)
+    """A folder that encode or an import made; with mode online a manifest as encode takes it, a
+    Hugging Face dataset's folder or hub id (NAME:CONFIG), or tfds:NAME."""
+    train_split: str = setting("train")
+    """Split to train on."""
+    validation_split: str = setting("")
+    """Split to validate on; empty, there is no validation."""
+    sources: list[SourceSettings] = setting(list)
+    """Several datasets, mixed, in place of data.path: each with path, split, validation_split,
+    weight, prompt and mode. An epoch is one pass over the first."""
+    max_length: int = setting(2048, low=2, high=1_048_576)
+    """Tokens of a row; 2,048 hold about 40 seconds of speech."""
     too_long: Literal["drop", "cut"] = "drop"
+    """Clips longer than a row are dropped and counted, or cut."""
     pack: bool = True
-    doctor: Literal["stop", "warn", "off"] = "stop"
-    online: OnlineSettings = field(default_factory=OnlineSettings)
+    """Fill a row with as many clips as fit; no clip sees another. Otherwise a row holds one."""
+    doctor: Literal["stop", "warn", "off"] = setting("stop", resume=True)
+    """What a bad finding of the quick look at the records before training does."""
+    online: OnlineSettings = group(OnlineSettings)
+    """How audio becomes codes while training."""
+
+    def check(self, name: str) -> None:
+        if not self.sources:
+            if not self.path:
+                raise UserError(
+                    f"{name}.path is not set; give it in the config or as --{name}.path=FOLDER"
+                )
+            check_splits(name, "train_split", self.train_split, self.validation_split)
+        elif self.path or self.validation_split:
+            raise UserError(
+                f"{name}.sources lists the datasets and their splits; leave {name}.path and"
+                f" {name}.validation_split out"
+            )
+        seen, trained = [], set()
+        for at, source in enumerate(self.sources):
+            path = posixpath.normpath(source.path)
+            # The same clips may be trained on twice under different prompts.
+            key = (path, source.split, source.prompt, source.mode)
+            if key in seen:
+                raise UserError(
+                    f"{name}.sources[{at}] is {source.path} a second time; list it once, and raise"
+                    " its weight to draw more from it"
+                )
+            seen.append(key)
+            trained.add((path, source.split))
+        for at, source in enumerate(self.sources):
+            held_out = (posixpath.normpath(source.path), source.validation_split)
+            if source.validation_split and held_out in trained:
+                raise UserError(
+                    f"{name}.sources[{at}].validation_split is {source.validation_split} of"
+                    f" {source.path}, which another source trains on; name another split"
+                )

@@ -1,27 +1,23 @@
-"""Where online training's audio comes from. A source is an `AudioSource` (see
-llasa_jax/readers.py).
+"""Where audio to encode comes from: a manifest's files, or the tables of `encode/tables.py`.
 
 Reading processes import this module, so it imports little.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llasa_jax.data.manifest import assign_splits, file_key, read_manifest
-from llasa_jax.encode.readers import AudioSource
+from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import audio_samples, read_audio
 from llasa_jax.speech.prompts import Utterance
 
 
-class ManifestAudio:
-    """The clips of a manifest (see `read_manifest`), split as `encode` splits them (see
-    `assign_splits`).
-    """
+class ManifestAudio(AudioSource):
+    """The clips of a manifest (see `read_manifest`), split as `assign_splits` does."""
 
     def __init__(
         self,
@@ -30,27 +26,11 @@ class ManifestAudio:
         seed: int = 0,
         columns: str = "",
     ):
-        self.name = str(manifest)
+        self.name, self.faults = str(manifest), {}
         self._clips = read_manifest(manifest, columns)
+        self.ids = [clip.id for clip in self._clips]
         splits = assign_splits(self._clips, validation_share, seed)
-        self._splits = [splits[clip.id] for clip in self._clips]
-
-    def __len__(self) -> int:
-        return len(self._clips)
-
-    def split(self, name: str) -> Sequence[int]:
-        from llasa_jax.data.builder import record_order
-
-        indices = [i for i, split in enumerate(self._splits) if split == name]
-        if not indices:
-            has = ", ".join(sorted(set(self._splits)))
-            fix = (
-                ""
-                if name != "validation"
-                else "; set data.online.validation_share to hold some clips out"
-            )
-            raise UserError(f"{self.name}: no split {name!r}, it has {has}{fix}.")
-        return [indices[i] for i in record_order([self._clips[i].id for i in indices], name)]
+        self.split_names = [splits[clip] for clip in self.ids]
 
     def utterance(self, index: int) -> Utterance:
         clip = self._clips[index]
@@ -70,12 +50,14 @@ def open_audio(path: str, online: OnlineSettings) -> AudioSource:
     """The source that a `path` of the settings names: a manifest, a dataset's folder or hub id, or
     `tfds:NAME`. UserError if it is none.
     """
-    from llasa_jax.encode.hf_dataset import parse_columns
-    from llasa_jax.encode.tables import is_tfds_folder, open_hf_audio, open_tfds_audio
+    from llasa_jax.encode.hf_table import open_hf_audio
+    from llasa_jax.encode.tables import parse_columns
+    from llasa_jax.encode.tfds_table import is_tfds_folder, open_tfds_audio
 
+    shares = online.validation_share, online.split_seed
     is_manifest = Path(path).suffix.lower() in (".jsonl", ".json", ".csv") or Path(path).is_file()
     if is_manifest and not path.startswith("tfds:"):
-        return ManifestAudio(path, online.validation_share, online.split_seed, online.columns)
+        return ManifestAudio(path, *shares, online.columns)
     columns = parse_columns(online.columns, "data.online.columns") if online.columns else {}
     if "codes" in columns:
         raise UserError(
@@ -83,7 +65,12 @@ def open_audio(path: str, online: OnlineSettings) -> AudioSource:
             " name the column of audio."
         )
     if path.startswith("tfds:") or is_tfds_folder(path):
-        return open_tfds_audio(
-            path.removeprefix("tfds:"), columns, online.validation_share, online.split_seed
-        )
-    return open_hf_audio(path, columns, online.validation_share, online.split_seed)
+        return _faultless(open_tfds_audio(path.removeprefix("tfds:"), columns, *shares))
+    name, _, config = (path, "", "") if os.path.exists(path) else path.partition(":")
+    return _faultless(open_hf_audio(name, columns, *shares, config=config or None))
+
+
+def _faultless(source: AudioSource) -> AudioSource:
+    for reason in source.faults.values():
+        raise UserError(reason)
+    return source

@@ -34,7 +34,8 @@ from llasa_jax.model.lora import Adapter, join, place, side_by_side
 from llasa_jax.model.sharding import abstract_params, make_mesh
 from llasa_jax.runtime.files import new_file
 from llasa_jax.speech.audio import read_audio, write_audio
-from llasa_jax.speech.prompts import Prompter, PromptSettings
+from llasa_jax.speech.prompts import Prompter
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
 
 if TYPE_CHECKING:

@@ -1,17 +1,184 @@
 """What the hosts of a run must agree on, for a step that one host does not take hangs all the
-others.
+others; and how they end together when one of them fails.
 """
 
+import hashlib
+import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llasa_jax.errors import UserError
-from llasa_jax.runtime.stop_signal import StopSignal
+from llasa_jax.errors import UserError, printable
+from llasa_jax.runtime.channel import LINGER, Channel
+from llasa_jax.runtime.files import explain
+
+if TYPE_CHECKING:
+    from llasa_jax.runtime.stop_signal import StopSignal
 
 FAILED = 1000  # above every signal
+# Seconds in which a failure may turn out to be the consequence of another host's: when one dies,
+# the collectives of the others fail as well.
+CONSEQUENCE = 2.0
+# JAX's own heartbeat ends a process with a C++ stack, so it must be slower than the channel's.
+JAX_HEARTBEAT = 200
+LIBRARIES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"
+
+_channel: Channel | None = None
+
+
+def find_hosts() -> dict[str, Any]:
+    """The arguments of `jax.distributed.initialize` for this process, from Slurm, Open MPI, a TPU
+    VM, Kubernetes, or JAX's environment variables. UserError where nothing says what they are.
+    """
+    from jax._src.clusters import ClusterEnv  # JAX has no public way to ask without connecting
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            address, None, None, None, None, 60
+        )
+    except Exception as error:  # noqa: BLE001 each kind of cluster raises its own
+        raise UserError(
+            f"mesh.hosts is set, but what JAX reads of the cluster is damaged ({error}); check the"
+            " launcher's environment variables"
+        ) from error
+    if address is None or count is None or number is None or ":" not in address:
+        raise UserError(
+            "mesh.hosts is set, but nothing says which hosts take part; start the command by"
+            " Slurm (srun), Open MPI, Kubernetes or on all workers of a TPU slice, or leave"
+            " mesh.hosts out on a single host"
+        )
+    return {
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": number,
+        "local_device_ids": devices,
+    }
+
+
+def join(timeout: float, facts: dict[str, Any], fix: str) -> None:
+    """Brings all hosts together: waits at most `timeout` seconds until each is there, compares the
+    `facts` (see `agree`), and only then starts `jax.distributed`.
+
+    From here on, the failure or disappearance of any host ends all of them. UserError where hosts
+    do not come or differ.
+    """
+    global _channel
+    found = find_hosts()
+    if found["num_processes"] > 1:
+        _channel = _new_channel(found, timeout)
+        _channel.join()
+        agree(facts, fix)
+    try:
+        jax.distributed.initialize(**found, heartbeat_timeout_seconds=JAX_HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"jax.distributed cannot start ({' '.join(str(error).split())[:200]}); check that the"
+            " hosts reach each other, and JAX_COORDINATOR_ADDRESS"
+        ) from error
+
+
+def _new_channel(found: dict[str, Any], timeout: float) -> Channel:
+    name, _, port = found["coordinator_address"].rpartition(":")
+    # Away from JAX's own port, and from those that Slurm's next jobs get: its range is 4,096 wide.
+    port = int(port) - 4096 if int(port) > 4096 + 1024 else int(port) + 4096
+    return Channel((name.strip("[]"), port), found["process_id"], found["num_processes"], timeout)
+
+
+def software() -> dict[str, str]:
+    """The versions of this program and of what decides its numbers, to `agree` on."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    versions = {name: version(name) for name in LIBRARIES}
+    return {"the code of llasa_jax": digest.hexdigest()[:16]} | versions
+
+
+def several() -> bool:
+    """Whether there are other hosts that `join` has found."""
+    return _channel is not None
+
+
+def devices() -> str:
+    """This host's devices, to `agree` on."""
+    return f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+
+
+def agree(facts: dict[str, Any], fix: str) -> None:
+    """Returns once all hosts have called it with equal `facts`, which JSON can hold. UserError on
+    all hosts names what differs, every host's value, and the `fix`. A single host agrees.
+    """
+    if _channel:
+        _channel.agree(facts, fix)
+
+
+def report_failure(text: str, status: int) -> None:
+    """Tells the other hosts, who may be waiting for this one, why it cannot even join them."""
+    try:
+        found = find_hosts()
+        if found["num_processes"] > 1:
+            channel = _new_channel(found, LINGER)
+            channel.connect(time.monotonic() + LINGER)
+            channel.fail(text, status)
+    except UserError:
+        pass  # no cluster, or nobody there: there is nobody to tell
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what all hosts do: an error on this host ends all of them, with its sentence.
+
+    Ends the process on an error where there are several hosts: what unwinds (such as a checkpoint
+    that waits for the other hosts) would wait for those that have just been told to end.
+    """
+    try:
+        yield
+    except SystemExit:  # all hosts have agreed to stop
+        _finish()
+        raise
+    except BaseException as error:
+        if _channel:
+            _fail(error)
+        raise
+    _finish()
+
+
+def _finish() -> None:
+    if _channel:
+        _channel.finish()
+
+
+def _fail(error: BaseException) -> None:
+    if not isinstance(error, KeyboardInterrupt):
+        time.sleep(CONSEQUENCE)  # the channel ends the process if another host has failed
+    known = isinstance(error, UserError | OSError)
+    if isinstance(error, KeyboardInterrupt):
+        text, status = "interrupted", 128 + signal.SIGINT
+    elif known:
+        text, status = (str(error) if isinstance(error, UserError) else str(explain(error))), 2
+    else:
+        text, status = f"{type(error).__name__}: {error}", 1
+        traceback.print_exception(error)
+    print(f"llasa-jax: error: {printable(text)}", file=sys.stderr, flush=True)
+    _channel.fail(text[:2000], status)
+    os._exit(status)
+
+
+def end_by_signal(number: int) -> None:
+    """Tells the other hosts that a signal ends this one now. From any thread."""
+    if _channel:
+        name = signal.Signals(number).name
+        _channel.fail(f"stopped by {name}, with nothing new to save", 128 + number, linger=0)
 
 
 def largest(value: int) -> int:
@@ -23,7 +190,7 @@ def largest(value: int) -> int:
     )
 
 
-def stopped(stop: StopSignal, failed: bool = False) -> int:
+def stopped(stop: "StopSignal", failed: bool = False) -> int:
     """The signal that any host has received, 0 if none: all hosts stop after the same step. All
     must ask.
 

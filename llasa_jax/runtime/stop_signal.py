@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 # seconds in which two signals are one: some launchers send what the terminal has sent already
@@ -54,6 +55,8 @@ class CommandSignal(StopSignal):
     def __init__(self):
         super().__init__()
         self.at_once = True
+        # Called before the process ends at a signal, with its number: tells the other hosts.
+        self.before_end: Callable[[int], None] = lambda number: None
 
     def _note(self, number, frame):
         self.received = self.received or number
@@ -65,11 +68,18 @@ class CommandSignal(StopSignal):
             if number[0] not in SIGNALS:
                 continue
             if self.at_once:
-                _end(number[0], "with nothing new to save")
+                self._end(number[0], "with nothing new to save")
             if time.monotonic() - noted > SAME:
-                _end(number[0], "again, without saving")
+                self._end(number[0], "again, without saving")
             noted = min(noted, time.monotonic())
         os.close(numbers)
+
+    def _end(self, number: int, how: str) -> None:
+        # Not print: the main thread may hold the lock of stderr.
+        name = signal.Signals(number).name
+        os.write(2, f"llasa-jax: stopped by {name} {how}; the same command goes on\n".encode())
+        self.before_end(number)
+        os._exit(128 + number)
 
     def __enter__(self):
         numbers, self._told = os.pipe()
@@ -84,10 +94,3 @@ class CommandSignal(StopSignal):
         super().__exit__(*error)
         signal.set_wakeup_fd(self._told_before)
         os.close(self._told)
-
-
-def _end(number: int, how: str) -> None:
-    # Not print: the main thread may hold the lock of stderr.
-    name = signal.Signals(number).name
-    os.write(2, f"llasa-jax: stopped by {name} {how}; the same command goes on\n".encode())
-    os._exit(128 + number)

@@ -20,15 +20,15 @@ in chat on every assistant's turn and the <|eot_id|> that ends it.
 """
 
 import re
-import string
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llasa_jax.errors import UserError
+from llasa_jax.speech.settings import LEARNED, PromptSettings, fields_of
 from llasa_jax.speech.vocab import (
     MARKERS,
     SPEECH_GENERATION,
@@ -41,22 +41,11 @@ from llasa_jax.speech.vocab import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Task = Literal["tts", "asr", "chat"]
-TEMPLATES = {
-    "tts": {
-        "user": "Convert the text to speech:{text}",
-        "assistant": "{codes}",
-        "assistant_with_speaker": "Speaker {speaker}{codes}",
-    },
-    "asr": {"user": "Transcribe the following speech:{codes}", "assistant": "{text}"},
-    "chat": {},
-}
-# What stands around {text} and {codes}, and which of them is learned.
+# What stands around {text} and {codes}.
 _MARKERS = {
     "tts": {"text": TEXT_UNDERSTANDING, "codes": SPEECH_GENERATION},
     "asr": {"text": TEXT_GENERATION, "codes": SPEECH_UNDERSTANDING},
 }
-_LEARNED = {"tts": "codes", "asr": "text"}
 
 
 # Stands for a code that is not made yet, in the tokens of a planned example. No token has this id.
@@ -107,76 +96,6 @@ class Example:
     def lacks_codes(self) -> bool:
         """Whether it is only planned: tokens are missing that the codec has yet to make."""
         return bool((self.tokens == NOT_ENCODED).any())
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """The task and its wording. Templates may name any of text, codes, speaker, description,
-    language; empty ones are the task's own.
-
-    `assistant_with_speaker` takes the place of `assistant` for utterances that name a speaker.
-    `chat` has no templates: its records bring their messages. `date` fills the chat template's
-    "Today Date", so that no prompt depends on the day it is made. `mask` "clean" shows all of the
-    prompt, as at inference; "upstream" hides every <|eot_id|> from attention, as upstream's
-    training does by padding with it.
-    """
-
-    task: Task = "tts"
-    user: str = ""
-    assistant: str = ""
-    assistant_with_speaker: str = ""
-    system: str = ""
-    date: str = "26 Jul 2024"
-    mask: Literal["clean", "upstream"] = "clean"
-
-    def filled(self, name: str = "prompt") -> "PromptSettings":
-        """These settings with the task's own wording where a template is empty. UserError, calling
-        them `name`, if they cannot work.
-        """
-        given = {
-            field: getattr(self, field)
-            for field in ("system", "user", "assistant", "assistant_with_speaker")
-        }
-        if self.task == "chat" and any(given.values()):
-            raise UserError(
-                f"{name} words a turn, but the task chat takes all turns from its records; leave"
-                " out what is not task, date or mask"
-            )
-        filled = replace(
-            self,
-            **{field: given[field] or template for field, template in TEMPLATES[self.task].items()},
-        )
-        filled = replace(
-            filled, assistant_with_speaker=filled.assistant_with_speaker or filled.assistant
-        )
-        known = {field.name for field in fields(Utterance)} - {"id", "num_codes"}
-        for template in given:
-            for field in _fields_of(getattr(filled, template)):
-                if field not in known:
-                    raise UserError(
-                        f"{name}.{template} mentions {{{field}}}, which no utterance has; use any"
-                        f" of {', '.join(sorted(known))}"
-                    )
-        learned = _LEARNED.get(self.task)
-        if learned and any(
-            learned not in _fields_of(template)
-            for template in (filled.assistant, filled.assistant_with_speaker)
-        ):
-            raise UserError(
-                f"{name}.assistant and {name}.assistant_with_speaker must each contain"
-                f" {{{learned}}}, which {self.task} learns"
-            )
-        return filled
-
-
-def _fields_of(template: str) -> list[str]:
-    try:
-        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise UserError(
-            f"the prompt's template {template!r} is malformed ({error}); write {{{{ and }}}} for"
-            " braces of its own"
-        ) from None
 
 
 class Prompter:
@@ -289,7 +208,7 @@ class Prompter:
         if not utterance.text.strip():
             raise UserError(f"{name} has no text; give it one or leave it out of the dataset")
         assistant = settings.assistant_with_speaker if utterance.speaker else settings.assistant
-        mentioned = dict.fromkeys(_fields_of(settings.system + settings.user + assistant))
+        mentioned = dict.fromkeys(fields_of(settings.system + settings.user + assistant))
         values = {
             field: getattr(utterance, field)
             for field in mentioned
@@ -321,7 +240,7 @@ class Prompter:
         tokens = np.concatenate(
             [frame[:first_at], first, frame[first_at:second_at], second, frame[second_at:]]
         )
-        learned = _LEARNED[settings.task]
+        learned = LEARNED[settings.task]
         start = places[learned] - 1 + (len(first) if places[learned] == second_at else 0)
         return tokens, start, len(ids[learned])
 

@@ -116,7 +116,7 @@ def train(
         if settings.log.samples
         else None
     )
-    profiler = Profiler(run, settings.profile.steps)
+    profiler = Profiler(run, settings.profile.steps, steps)
 
     code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
     check_host_memory(settings, mesh)

@@ -4,26 +4,21 @@ from pathlib import Path
 
 import jax
 
-from llasa_jax.errors import UserError
+from llasa_jax.train.settings import traced_steps
 
 FOLDER = "profile"
 
 
 class Profiler:
     """Traces the steps `first` to `last - 1` of "first:last" into `run/profile`; "" traces none. A
-    context manager, which ends a trace.
+    context manager, which ends a trace. UserError if `steps` goes past the run's `last_step`, where
+    that is known.
     """
 
-    def __init__(self, run: Path, steps: str):
-        self._folder, self.tracing, self._first, self._last = Path(run) / FOLDER, False, 0, 0
-        if not steps:
-            return
-        first, _, last = steps.partition(":")
-        if not (first.isdigit() and last.isdigit() and 1 <= int(first) < int(last)):
-            raise UserError(
-                f"profile.steps={steps} names no steps; 10:13 would trace steps 10, 11 and 12"
-            )
-        self._first, self._last = int(first), int(last)
+    def __init__(self, run: Path, steps: str, last_step: int = 0):
+        traced = traced_steps(steps, last_step)
+        self._folder, self.tracing = Path(run) / FOLDER, False
+        self._first, self._last = traced.start, traced.stop
 
     def before(self, step: int, state) -> None:
         """Call before each step, with an array of the step before: a trace starts and ends when

@@ -14,38 +14,10 @@ from llasa_jax.convert import model_folder
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import AdapterConfig
 from llasa_jax.runtime.files import explain, is_partial, read_yaml, take_lock, write_whole
+from llasa_jax.runtime.settings import may_change
 from llasa_jax.train.settings import Settings
 
 SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
-# What may change between a run and its continuation: nothing that the optimizer or the order of the
-# data depends on.
-MAY_CHANGE = (
-    "out",
-    "mesh",
-    "log",
-    "profile",
-    "data.doctor",
-    *(
-        f"data.online.{name}"
-        for name in (
-            "device",
-            "queue",
-            "workers",
-            "read_ahead",
-            "cache",
-            "max_bad_share",
-            "stall_seconds",
-        )
-    ),
-    *("data.online.torch_threads", "data.online.gpu_memory"),
-    "optimizer.offload",
-    "train.save_every",
-    "train.keep",
-    "train.validate_every",
-    "model.attention",
-    "model.remat",
-    "model.loss_chunk",
-)
 
 
 @contextmanager
@@ -102,7 +74,7 @@ def _check(run: Path, wanted: dict) -> None:
         changed = [
             key
             for key, value in _flat(wanted).items()
-            if before.get(key) != value and not key.startswith(MAY_CHANGE)
+            if before.get(key) != value and key not in may_change(Settings)
         ]
         if changed:
             raise UserError(

@@ -3,9 +3,10 @@ experiment; unknown keys are errors.
 """
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import re
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
@@ -13,182 +14,198 @@ from llasa_jax.data.settings import SourceSettings
 from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
 from llasa_jax.model.settings import Dtype, LoraSettings, MeshSettings, ModelSettings
-from llasa_jax.speech.prompts import PromptSettings
+from llasa_jax.runtime.files import read_yaml
+from llasa_jax.runtime.settings import MAX_SEED, check, group, groups_of, notes, setting
+from llasa_jax.speech.settings import PromptSettings
+
+# Tokens of one step: arrays of them are indexed with 32 bits.
+MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """`schedule` "cosine" is HF's: linear warm-up, then cosine to zero; "constant" stays after the
-    warm-up; "deepspeed" is DeepSpeed's WarmupCosineLR as upstream sets it: logarithmic warm-up from
-    3% of the peak, cosine down to 10% of it.
-
-    `name`: AdamW keeps two more copies of the weights in memory; "lion", "sgd" (with momentum
-    `beta1`) and "adagrad" one; "adafactor" has factored second moments and no first: next to
-    nothing. Lion wants a third of AdamW's `learning_rate` or less, SGD and Adagrad far more.
-    `state_dtype` bfloat16 halves those copies, which lose what is under 1/256 of them; the
-    arithmetic is in float32 all the same. `offload` keeps them in the host's memory, from where
-    they stream through the device during the update. Weight decay leaves out the norms, as HF's
-    Trainer does; `decay_norms` takes them in, as DeepSpeed does. `clip` bounds the gradient's
-    global norm; 0 turns that off.
-    """
+    """The optimizer and its learning rate."""
 
     name: Literal["adamw", "adafactor", "adagrad", "lion", "sgd"] = "adamw"
-    learning_rate: float = 1e-5
+    """AdamW keeps two more copies of the weights in memory; lion, sgd (with momentum) and adagrad
+    one; adafactor next to nothing (factored second moments, no first). Lion wants a third of
+    AdamW's learning rate or less, SGD and Adagrad far more."""
+    learning_rate: float = setting(1e-5, above=0, high=100)
+    """Peak of the schedule."""
     schedule: Literal["cosine", "constant", "deepspeed"] = "cosine"
-    warmup_ratio: float = 0.03
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    """After the warm-up: cosine decays to zero, as HF's Trainer does; constant stays; deepspeed is
+    DeepSpeed's WarmupCosineLR as upstream sets it (logarithmic warm-up from 3% of the peak, cosine
+    down to 10% of it)."""
+    warmup_ratio: float = setting(0.03, low=0, below=1)
+    """Share of the steps in which the learning rate rises to its peak."""
+    beta1: float = setting(0.9, low=0, below=1)
+    """Decay of the mean gradient: AdamW's and Lion's first moment, SGD's momentum."""
+    beta2: float = setting(0.95, above=0, below=1)
+    """Decay of the mean squared gradient of AdamW; of the momentum of Lion."""
+    eps: float = setting(1e-8, low=1e-20, high=1)
+    """Added to the denominator of AdamW's and Adagrad's update."""
+    weight_decay: float = setting(0.01, low=0, high=100)
+    """Decoupled weight decay: each step takes learning_rate x weight_decay x weight off."""
     decay_norms: bool = False
-    clip: float = 1.0
+    """Decay the norms' weights too, as DeepSpeed does; HF's Trainer leaves them out."""
+    clip: float = setting(1.0, low=0, high=1_000_000)
+    """Largest global norm of the gradient; a larger one is scaled down. 0 turns clipping off."""
     state_dtype: Dtype = "float32"
-    offload: bool = False
+    """Type in which the optimizer's state is kept; bfloat16 halves its memory, and changes below
+    1/256 of a value are lost to rounding. The arithmetic is in float32 all the same."""
+    offload: bool = setting(False, resume=True)
+    """Keep the optimizer's state in pinned host memory and stream it through the device in the
+    update."""
+
+    def check(self, name: str) -> None:
+        if self.offload and self.name == "adafactor":
+            raise UserError(
+                f"{name}.offload has nothing to move for adafactor, whose state is small; leave"
+                " it out"
+            )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise UserError(
+                f"{name}.learning_rate={self.learning_rate} times"
+                f" {name}.weight_decay={self.weight_decay} takes each weight to zero or past it in"
+                " a step; lower one of them"
+            )
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`rows` and `accumulation` make the global batch, whatever the number of devices. `steps` 0
-    means: as many as `epochs` take.
-
-    The newest `keep` checkpoints are kept, and besides them the `keep_best` with the lowest
-    validation loss.
+    """How long to train, on how large a batch, and what is kept. The newest checkpoints are kept,
+    and besides them the best.
     """
 
-    epochs: float = 2.0
-    steps: int = 0
-    rows: int = 16
-    accumulation: int = 1
-    seed: int = 0
-    save_every: int = 500
-    keep: int = 2
-    keep_best: int = 0
-    validate_every: int = 500
+    epochs: float = setting(2.0, low=0, high=1_000_000)
+    """Passes over the data, where train.steps is 0."""
+    steps: int = setting(0, low=0, high=1_000_000_000)
+    """Steps of the optimizer; 0 means as many as train.epochs take."""
+    rows: int = setting(16, low=1, high=1_048_576)
+    """Batch size: rows of the batch over all devices, each of data.max_length tokens. Must be a
+    multiple of mesh.data x mesh.fsdp."""
+    accumulation: int = setting(1, low=1, high=65_536)
+    """Batches whose gradients are summed before one step: the global batch is train.rows x
+    train.accumulation rows."""
+    seed: int = setting(0, low=0, high=MAX_SEED)
+    """Seed of the order of the data, of new adapters and of dropout."""
+    save_every: int = setting(500, low=1, high=1_000_000_000, resume=True)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = setting(2, low=1, high=1_000_000, resume=True)
+    """Newest checkpoints that are kept."""
+    keep_best: int = setting(0, low=0, high=1_000_000, resume=True)
+    """Checkpoints with the lowest validation loss that are kept besides."""
+    validate_every: int = setting(500, low=1, high=1_000_000_000, resume=True)
+    """Steps between validations, where a validation split is named."""
+
+    def check(self, name: str) -> None:
+        if not self.steps and not self.epochs:
+            raise UserError(f"set {name}.steps or {name}.epochs above 0 (both are 0)")
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """`every`: steps between lines on the terminal; `metrics.jsonl` has them all. `wandb`: a
-    project's name, to log there as well.
+    """What a run says of itself. metrics.jsonl always has every step."""
 
-    The texts in `samples` are spoken every `samples_every` steps, by `samples_speaker` if set,
-    through the `codec` (a folder or a hub id).
-    """
+    every: int = setting(10, low=1, high=1_000_000_000, resume=True)
+    """Steps between lines on the terminal."""
+    tensorboard: bool = setting(True, resume=True)
+    """Write the metrics for TensorBoard as well."""
+    wandb: str = setting("", resume=True)
+    """Project of Weights & Biases to log to as well; empty, none."""
+    samples: list[str] = setting(list, resume=True)
+    """Texts that the model speaks from time to time while it is trained."""
+    samples_every: int = setting(500, low=1, high=1_000_000_000, resume=True)
+    """Steps between two rounds of samples."""
+    samples_speaker: str = setting("", resume=True)
+    """Speaker of the samples, one of the training data; empty, none is named."""
+    codec: str = setting("", path=True, resume=True)
+    """Codec that turns the samples' codes into sound: a hub id or a folder."""
 
-    every: int = 10
-    tensorboard: bool = True
-    wandb: str = ""
-    samples: list[str] = field(default_factory=list)
-    samples_every: int = 500
-    samples_speaker: str = ""
-    codec: str = ""
+    def check(self, name: str) -> None:
+        if self.samples and not self.codec:
+            raise UserError(
+                f"{name}.samples needs {name}.codec, which turns codes into sound; give a codec's"
+                " folder or hub id, or no samples"
+            )
 
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """`steps` "10:13" traces steps 10 to 12 into the run's `profile/`, which XProf and TensorBoard
-    open.
-    """
+    """A trace of some steps, for XProf and TensorBoard."""
 
-    steps: str = ""
+    steps: str = setting("", resume=True)
+    """first:last, such as 10:13, traces steps 10 to 12 into the run's profile/; empty, none."""
+
+    def check(self, name: str) -> None:
+        traced_steps(self.steps)
+
+
+def traced_steps(steps: str, total: int = 0) -> range:
+    """The steps of `profile.steps`, "first:last" or "". UserError if it names none, or one past the
+    `total`, where that is known.
+    """
+    if not steps:
+        return range(0)
+    named = re.fullmatch(r"(\d{1,10}):(\d{1,10})", steps, re.ASCII)
+    traced = range(int(named[1]), int(named[2])) if named else range(0)
+    if not traced or not traced.start:
+        raise UserError(
+            f"profile.steps={steps} names no steps; 10:13 would trace steps 10, 11 and 12"
+        )
+    if total and traced[-1] > total:
+        raise UserError(
+            f"profile.steps={steps} goes past the last step, {total}; name steps up to"
+            f" {traced.start}:{total + 1}"
+            if traced.start <= total
+            else f"profile.steps={steps} begins after the last step, {total}; name steps up to it"
+        )
+    return traced
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A training run. `out` is its folder: settings, metrics, checkpoints; the same command goes on
-    from the last checkpoint.
-    """
+    """A training run. The same command goes on from the last checkpoint."""
 
-    out: str = ""
-    model: ModelSettings = field(default_factory=ModelSettings)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    prompt: PromptSettings = field(default_factory=PromptSettings)
-    mesh: MeshSettings = field(default_factory=MeshSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    log: LogSettings = field(default_factory=LogSettings)
-    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    out: str = setting("", path=True, resume=True)
+    """The run's folder: settings, metrics, checkpoints."""
+    model: ModelSettings = group(ModelSettings)
+    lora: LoraSettings = group(LoraSettings)
+    data: DataSettings = group(DataSettings)
+    prompt: PromptSettings = group(PromptSettings)
+    mesh: MeshSettings = group(MeshSettings)
+    optimizer: OptimizerSettings = group(OptimizerSettings)
+    train: TrainSettings = group(TrainSettings)
+    log: LogSettings = group(LogSettings)
+    profile: ProfileSettings = group(ProfileSettings)
 
     def __post_init__(self):
-        paths = {"out": self.out, "model.path": self.model.path} | (
-            {} if self.data.sources else {"data.path": self.data.path}
-        )
-        for name, value in paths.items():
-            if not value:
-                raise UserError(f"{name} is not set; give it in the config or as --{name}=FOLDER")
-        if self.data.sources and (self.data.path or self.data.validation_split):
-            raise UserError(
-                "data.sources lists the datasets and their splits; leave data.path and"
-                " data.validation_split out"
-            )
-        listed = []
-        for i, source in enumerate(self.data.sources):
-            if not source.path:
-                raise UserError(f"data.sources[{i}].path is not set; give each source one")
-            if not 0 < source.weight < float("inf"):
-                raise UserError(
-                    f"data.sources[{i}].weight is {source.weight}; give a number above 0, or leave"
-                    f" {source.path} out"
-                )
-            listed.append(
-                replace(
-                    source,
-                    prompt=source.prompt and source.prompt.filled(f"data.sources[{i}].prompt"),
-                )
-            )
+        check(self)
         # Prompts are written out, so that a run's settings.yaml shows its wording and a later
         # default cannot change it.
-        object.__setattr__(self, "data", replace(self.data, sources=listed))
+        sources = [
+            replace(source, prompt=source.prompt and source.prompt.filled())
+            for source in self.data.sources
+        ]
+        object.__setattr__(self, "data", replace(self.data, sources=sources))
         object.__setattr__(self, "prompt", self.prompt.filled())
+
+    def check(self, name: str) -> None:
+        """UserError on settings of different groups that cannot work together."""
+        if not self.out:
+            raise UserError("out is not set; give it in the config or as --out=FOLDER")
         if self.data.max_length % self.model.loss_chunk:
             raise UserError(
                 f"model.loss_chunk={self.model.loss_chunk} does not divide"
                 f" data.max_length={self.data.max_length}; choose a divisor"
             )
-        if self.optimizer.offload and self.optimizer.name == "adafactor":
+        tokens = self.train.rows * self.train.accumulation * self.data.max_length
+        if tokens > MAX_TOKENS:
             raise UserError(
-                "optimizer.offload has nothing to move for adafactor, whose state is small; leave"
-                " it out"
+                f"train.rows x train.accumulation x data.max_length is {tokens:,} tokens a step; it"
+                f" must be at most {MAX_TOKENS:,}"
             )
-        train, log = self.train, self.log
-        positive = {
-            f"train.{name}": getattr(train, name)
-            for name in ("rows", "accumulation", "keep", "save_every", "validate_every")
-        }
-        for name, value in (
-            positive | {"log.every": log.every, "log.samples_every": log.samples_every}
-        ).items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1 but is {value}")
-        online = self.data.online
-        for name in ("queue", "workers", "read_ahead", "stall_seconds"):
-            if not getattr(online, name) > 0:
-                raise UserError(
-                    f"data.online.{name} must be above 0 but is {getattr(online, name)}"
-                )
-        for name in ("max_bad_share", "validation_share", "gpu_memory"):
-            if not 0 <= getattr(online, name) < 1:
-                raise UserError(
-                    f"data.online.{name} is a share, at least 0 and below 1, but is"
-                    f" {getattr(online, name)}"
-                )
-        if online.torch_threads < 0:
-            raise UserError(
-                f"data.online.torch_threads must be at least 0 but is {online.torch_threads}"
-            )
-        if train.keep_best < 0:
-            raise UserError(f"train.keep_best must be at least 0 but is {train.keep_best}")
-        if log.samples and not log.codec:
-            raise UserError(
-                "log.samples needs log.codec, which turns codes into sound; give a codec's folder"
-                " or hub id, or no samples"
-            )
-        if train.steps < 0 or (train.steps == 0 and train.epochs <= 0):
-            raise UserError(
-                f"set train.steps or train.epochs above 0 (they are {train.steps} and"
-                f" {train.epochs})"
-            )
+        traced_steps(self.profile.steps, self.train.steps)
 
     @property
     def sources(self) -> list[SourceSettings]:
@@ -223,28 +240,13 @@ class Settings:
 
 
 def parse_settings(arguments: list[str]) -> Settings:
-    """Settings from `--config FILE` and `--any.setting=value`, the later winning. UserError on an
-    unknown key or a bad value.
+    """Settings from `--config FILE`, which may be given several times, and `--any.setting=value`;
+    later ones win. UserError on an unknown key or a bad value.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(
-        prog="llasa-jax train",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Finetunes a model on records.",
-    )
-    parser.add_argument(
-        "--config", action="config", help="a YAML file with any of the settings below"
-    )
-    parser.add_class_arguments(Settings)
-    known = _keys(Settings)
-    for at, argument in enumerate(arguments):
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if name == "config":
-            _check_file(Path(value if equals else "".join(arguments[at + 1 : at + 2])), known)
-        elif argument.startswith("--") and name not in ("help", "print_config"):
-            _check_key(name.removesuffix("+"), "the command line", known)
+    _check_arguments(arguments)
+    parser = settings_parser()
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -253,40 +255,111 @@ def parse_settings(arguments: list[str]) -> Settings:
     return Settings(**vars(parser.instantiate(parsed)))
 
 
-def _keys(cls: type, prefix: str = "") -> set[str]:
-    """Every setting's full name, and every group's."""
-    keys = set()
-    for field_ in fields(cls):
-        keys.add(prefix + field_.name)
-        # A group of settings, or a list of them, or one that may be left out.
-        for group in filter(is_dataclass, (field_.type, *get_args(field_.type))):
-            keys |= _keys(group, f"{prefix}{field_.name}.")
-    return keys
+def settings_parser():
+    """The parser of `llasa-jax train`, whose help explains every setting."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="llasa-jax train",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Finetunes a model on records.",
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML file with any of the settings below; of several, the later wins",
+    )
+    parser.add_class_arguments(Settings)
+    explained = _fields(Settings)
+    for action in parser._actions:
+        if action.dest in explained:
+            action.help = f"{action.help} {notes(explained[action.dest])}".strip()
+    return parser
 
 
-def _check_file(path: Path, known: set[str]) -> None:
-    if not path.is_file():
-        raise UserError(f"the config {path} does not exist; recipes lie in configs/")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"the config {path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"the config {path} must hold settings as `key: value`, as the recipes in configs/ do"
-        )
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuses what the parser would not: unknown keys with the nearest known one, files that are
+    not settings, and a setting given twice.
+    """
+    known = {name: field.type for name, field in _fields(Settings).items()}
+    given = {}
+    for at, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        value = value if equals else "".join(arguments[at + 1 : at + 2])
+        if name == "config":
+            _check_file(Path(value), known)
+        elif name not in ("help", "print_config"):
+            _check_key(name.removesuffix("+"), "the command line", known)
+            if is_dataclass(known[name.removesuffix("+")]):
+                raise UserError(
+                    f"{name} is a group of settings; give each as --{name}.NAME=VALUE, or many in"
+                    " a --config FILE"
+                )
+            if given.setdefault(name, value) != value and not name.endswith("+"):
+                raise UserError(
+                    f"{name} is given twice, as {given[name]} and {value}; give it once"
+                )
 
-    def check(tree: dict, prefix: str):
-        for key, value in tree.items():
-            _check_key(f"{prefix}{key}", str(path), known)
-            for group in value if isinstance(value, list) else [value]:
-                if isinstance(group, dict):
-                    check(group, f"{prefix}{key}.")
 
-    check(content, "")
+def _check_file(path: Path, known: dict[str, Any]) -> None:
+    tree = read_yaml(
+        path, "the config", fix="write settings as `key: value`, as the recipes in configs/ do"
+    )
+
+    def walk(group: dict, prefix: str):
+        for key, value in group.items():
+            _check_entry(f"{prefix}{key}", value, path, known)
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, dict):
+                    walk(inner, f"{prefix}{key}.")
+
+    walk(tree, "")
+    _check_repeated(path, yaml.compose(path.read_text("utf-8-sig"), yaml.SafeLoader))
 
 
-def _check_key(key: str, where: str, known: set[str]) -> None:
+def _check_repeated(path: Path, node: yaml.Node | None) -> None:
+    """Refuses the same key twice in one mapping, of which YAML would drop the first."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for key, value in node.value:
+            if keys.count(key.value) > 1:
+                raise UserError(
+                    f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice in one"
+                    " place; join them"
+                )
+            _check_repeated(path, value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_repeated(path, value)
+
+
+def _check_entry(key: str, value: Any, path: Path, known: dict[str, Any]) -> None:
+    """Refuses an unknown key, and what YAML takes for another type where a text is wanted."""
+    _check_key(key, str(path), known)
+    wanted = known[key]
+    values = value if wanted == list[str] and isinstance(value, list) else [value]
+    for text in values if wanted in (str, list[str]) else []:
+        if text is None:
+            raise UserError(f"{key} in {path} is null; leave it out, or give '' for an empty text")
+        if not isinstance(text, str | list | dict):
+            raise UserError(f"{key} in {path} is {text}, which is not a text; put it in quotes")
+
+
+def _fields(cls: type, prefix: str = "") -> dict[str, Field]:
+    """Every setting and group by its full name."""
+    named = {}
+    for field in fields(cls):
+        named[prefix + field.name] = field
+        for inner in groups_of(field.type):
+            named |= _fields(inner, f"{prefix}{field.name}.")
+    return named
+
+
+def _check_key(key: str, where: str, known: dict[str, Any]) -> None:
     if key not in known:
         close = difflib.get_close_matches(key, known, 1, 0.0)
         raise UserError(f"unknown setting {key} in {where}; did you mean {close[0]}?")

@@ -21,7 +21,8 @@ from llasa_jax.convert.names import EMBED, HEAD
 from llasa_jax.convert.safetensors_io import SINGLE, SafetensorsFolder
 from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer
 from llasa_jax.errors import UserError
-from llasa_jax.speech.prompts import Prompter, PromptSettings
+from llasa_jax.speech.prompts import Prompter
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.speech.vocab import NUM_CODES, SpeechVocab
 from llasa_jax.train.run_folder import SETTINGS_FILE
 

@@ -13,7 +13,8 @@ from reference import config_of, hf_llama, our_llama, params_of
 from llasa_jax.data.batching import BatchShape, Source, batches, measure, pack_rows
 from llasa_jax.errors import UserError
 from llasa_jax.model.loss import chunked_cross_entropy
-from llasa_jax.speech.prompts import Prompter, PromptSettings, Utterance
+from llasa_jax.speech.prompts import Prompter, Utterance
+from llasa_jax.speech.settings import PromptSettings
 
 SHAPE = BatchShape(accumulation=2, rows=4, length=512)
 

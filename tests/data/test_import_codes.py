@@ -16,7 +16,8 @@ from places import FIXTURES
 from llasa_jax.cli import main
 from llasa_jax.data.builder import open_dataset, read_metadata
 from llasa_jax.data.import_codes import import_codes
-from llasa_jax.encode.hf_dataset import import_hf_dataset, parse_columns
+from llasa_jax.encode.hf_dataset import import_hf_dataset
+from llasa_jax.encode.tables import parse_columns
 from llasa_jax.errors import UserError
 
 CODES = {
@@ -334,3 +335,121 @@ def test_hf_columns_of_audio_are_encoded(tmp_path, hf):
         np.testing.assert_array_equal(found[key]["codes"], codes)
     assert read_metadata(tmp_path / "out")["fingerprint"] == "f1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
+
+
+TONES = [np.sin(np.arange(3200 + 320 * i) * 0.1).astype(np.float32) * 0.5 for i in range(4)]
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    """Four files beside the dataset, and their bytes."""
+    (tmp_path / "saved/wavs").mkdir(parents=True)
+    for i, tone in enumerate(TONES):
+        soundfile.write(tmp_path / f"saved/wavs/{i}.wav", tone, 16000, subtype="FLOAT")
+    return [(tmp_path / f"saved/wavs/{i}.wav").read_bytes() for i in range(4)]
+
+
+@pytest.mark.parametrize("form", ["paths", "bytes", "samples", "structs"])
+def test_hf_audio_in_every_form(tmp_path, hf, sounds, form):
+    values = {
+        "paths": ["wavs/0.wav", *(str(tmp_path / f"saved/wavs/{i}.wav") for i in (1, 2, 3))],
+        "bytes": sounds,
+        "samples": [tone.tolist() for tone in TONES],
+        "structs": [{"bytes": sound, "path": "x.wav"} for sound in sounds],
+    }[form]
+    table = hf.Dataset.from_dict({"sound": values, "text": list("abcd"), "hz": [16000] * 4})
+    table.save_to_disk(tmp_path / "saved")
+    columns = {"audio": "sound", "text": "text"}
+    if form == "samples":
+        with pytest.raises(UserError, match=r"without a usable sample rate .*as rate=COLUMN"):
+            import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
+        columns["rate"] = "hz"
+    import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
+    found = records(tmp_path / "out", "train")
+    for i, codes in enumerate(Levels().encode(TONES)):
+        np.testing.assert_array_equal(found[f"train_{i:08d}"]["codes"], codes)
+    # No copy of the corpus, and nothing else, was left beside it.
+    assert {path.name for path in tmp_path.iterdir()} - {"out.bad.jsonl"} == {"out", "saved"}
+
+
+def saved(hf, folder, **columns):
+    features = hf.Features({name: feature for name, (_, feature) in columns.items()})
+    values = {name: value for name, (value, _) in columns.items()}
+    hf.Dataset.from_dict(values, features=features).save_to_disk(folder)
+
+
+def test_hf_speakers_and_texts_of_every_kind(tmp_path, hf, sounds):
+    text, binary = hf.Value("string"), hf.Value("binary")
+    record = {"text": text, "of": {"who": text}}
+    saved(
+        hf,
+        tmp_path / "saved",
+        sound=(sounds, binary),
+        text=(list("abcd"), text),
+        label=([0, 2, 1, None], hf.ClassLabel(names=["ada", "ben", "cleo"])),
+        number=([1.0, 2.5, float("nan"), None], hf.Value("float64")),
+        json=([{"text": t, "of": {"who": t * 2}} for t in "abcd"], record),
+        packed=([json.dumps({"text": t}) for t in "abcd"], text),
+    )
+
+    def speakers(name, **columns):
+        mapping = {"audio": "sound", "text": "text"} | columns
+        import_hf_dataset(tmp_path / "saved", tmp_path / name, mapping, Levels(), workers=1)
+        found = records(tmp_path / name, "train")
+        rows = [found[f"train_{i:08d}"] for i in range(4)]
+        return [(row["speaker"], row["text"]) for row in rows]
+
+    assert speakers("labels", speaker="label") == [
+        *zip(["ada", "cleo", "ben", ""], "abcd", strict=True)
+    ]
+    assert speakers("numbers", speaker="number") == [
+        *zip(["1", "2.5", "", ""], "abcd", strict=True)
+    ]
+    assert speakers("fields", text="json.text", speaker="json.of.who") == [
+        (t * 2, t) for t in "abcd"
+    ]
+    assert speakers("packed", text="packed.text") == [("", t) for t in "abcd"]
+    for column, words in {
+        "json": r"the column 'json' holds records, with json.text, json.of, and not texts",
+        "json.words": "the column 'json' has no field 'words', it has text, of",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            speakers("refused", text=column)
+
+
+def test_hf_rows_without_text_or_with_anothers_id_are_listed(tmp_path, hf, sounds):
+    text = hf.Value("string")
+    saved(
+        hf,
+        tmp_path / "saved",
+        sound=(sounds, hf.Value("binary")),
+        text=(["a", None, "c", "d"], text),
+        key=(["w", "x", "y", "w"], text),
+        codes=([[1, 2]] * 4, hf.List(hf.Value("int32"))),
+    )
+    for audio in ({"audio": "sound"}, {"codes": "codes"}):
+        out = tmp_path / f"out_{next(iter(audio))}"
+        columns = {**audio, "text": "text", "id": "key"}
+        import_hf_dataset(tmp_path / "saved", out, columns, Levels(), max_bad_share=0.5, workers=1)
+        assert records(out, "train").keys() == {"w", "y"}
+        lines = (tmp_path / f"{out.name}.bad.jsonl").read_text().splitlines()
+        reasons = {row["id"]: row["reason"] for row in map(json.loads, lines)}
+        assert any("no text" in reason for reason in reasons.values())
+        assert len(reasons) == 2
+    assert "saved" not in reasons
+    first = (tmp_path / "out_audio.bad.jsonl").read_text()
+    assert "train row 3 has 'w', as train row 0 has" in first
+
+
+def test_hf_audio_again_is_done_already(tmp_path, hf, sounds, capsys):
+    saved(
+        hf,
+        tmp_path / "saved",
+        sound=(sounds, hf.Value("binary")),
+        text=(list("abcd"), hf.Value("string")),
+    )
+    columns = {"audio": "sound", "text": "text"}
+    first = import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
+    again = import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
+    assert again == first
+    assert "done already" in capsys.readouterr().out

@@ -27,7 +27,8 @@ from llasa_jax.data.settings import SourceSettings
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.errors import UserError
-from llasa_jax.speech.prompts import Conversation, Prompter, PromptSettings, Utterance
+from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.train.settings import parse_settings
 
 SHAPE = BatchShape(accumulation=1, rows=4, length=256)
@@ -336,7 +337,7 @@ def test_sources_in_a_config(tmp_path):
     [
         (
             {"path": "a", "weight": 0},
-            r"data.sources\[1\].weight is 0.0; give a number above 0, or leave a out",
+            r"data.sources\[1\].weight is 0.0; it must be at least 1e-06",
         ),
         ({"path": "a", "weight": -1.5}, r"data.sources\[1\].weight is -1.5"),
         ({"path": "a", "weight": float("nan")}, r"data.sources\[1\].weight is nan"),

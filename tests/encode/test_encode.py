@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import tensorflow_datasets as tfds
 import torch
 from counting_codec import CountingCodec
@@ -155,7 +156,7 @@ encode({str(manifest)!r}, {str(tmp_path / "out")!r}, Killed(), batch_seconds=0.1
 
 
 def test_a_crash_while_the_dataset_is_built_loses_nothing(tmp_path, manifest, monkeypatch):
-    def crash(out, splits, metadata):
+    def crash(*arguments):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
@@ -220,6 +221,126 @@ def test_too_many_bad_clips_stop_the_run_and_can_be_mended(tmp_path, manifest):
     assert encode(manifest, tmp_path / "out", codec).resumed == 11
     assert len(codec.seen) == 1
     assert not (tmp_path / "out.bad.jsonl").exists()
+
+
+def test_damaged_codes_in_the_journal_are_made_anew(tmp_path, manifest, monkeypatch, capsys):
+    encode(manifest, tmp_path / "wanted", CountingCodec())
+    with monkeypatch.context() as patch:
+        patch.setattr("llasa_jax.encode.offline.write_dataset", raise_disk_error)
+        with pytest.raises(OSError, match="disk"):
+            encode(manifest, tmp_path / "out", CountingCodec())
+    with closing(sqlite3.connect(tmp_path / "out.partial/journal.sqlite")) as journal, journal:
+        rows = journal.execute("SELECT id, codes FROM codes ORDER BY id LIMIT 3").fetchall()
+        for clip, codes in rows:
+            damaged = bytes([codes[0] ^ 16]) + codes[1:]
+            journal.execute("UPDATE codes SET codes = ? WHERE id = ?", (damaged, clip))
+    codec = CountingCodec()
+    assert encode(manifest, tmp_path / "out", codec).resumed == 9
+    assert len(codec.seen) == 3
+    assert "codes of 3 clips" in capsys.readouterr().out
+    np.testing.assert_equal(read_all(tmp_path / "out"), read_all(tmp_path / "wanted"))
+
+
+def raise_disk_error(*_):
+    raise OSError("disk")
+
+
+def test_the_same_command_again(tmp_path, manifest, capsys):
+    utterances = read_manifest(manifest)
+    utterances[2].audio.write_bytes(b"")
+    options = {"max_bad_share": 0.2, "validation_share": 0.3}
+    first = encode(manifest, tmp_path / "out", CountingCodec(), **options)
+    listed = (tmp_path / "out.bad.jsonl").read_text()
+    # What a kill between the dataset's rename and the clean-up leaves
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/journal.sqlite").touch()
+    codec = CountingCodec()
+    assert encode(manifest, tmp_path / "out", codec, **options) == first
+    assert "done already" in capsys.readouterr().out
+    assert codec.seen == []
+    assert (tmp_path / "out.bad.jsonl").read_text() == listed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "out.bad.jsonl"]
+    for changed in ({"codec": CountingCodec(fingerprint="f2")}, {"seed": 5}):
+        with pytest.raises(UserError, match="already exists, a dataset that was made of other"):
+            encode(**{"manifest": manifest, "out": tmp_path / "out", "codec": codec} | changed)
+
+
+def test_killed_between_the_rename_and_the_clean_up(tmp_path, manifest):
+    program = """
+import os, signal, sys
+from counting_codec import CountingCodec
+from llasa_jax.encode import offline
+offline.remove_journal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+offline.encode(*sys.argv[1:], CountingCodec())
+"""
+    arguments = [sys.executable, "-c", program, str(manifest), str(tmp_path / "out")]
+    assert subprocess.run(arguments, capture_output=True).returncode == -9
+    assert (tmp_path / "out.partial/journal.sqlite").is_file()
+    codec = CountingCodec()
+    encode(manifest, tmp_path / "out", codec)
+    assert codec.seen == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_one_bad_clip_never_ends_all(tmp_path, manifest):
+    """A header that claims 256 GB, samples at 1 Hz, a NUL in a path, a FIFO, and a long clip."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    flac = bytearray((manifest.parent / rows[0]["audio"]).read_bytes())
+    # STREAMINFO's 36 bits of samples end 26 bytes after the marker
+    flac[21] |= 0x0F
+    flac[22:26] = b"\xff" * 4
+    (manifest.parent / "bomb.flac").write_bytes(flac)
+    soundfile.write(manifest.parent / "slow.wav", np.ones(3000) / 2, 1)
+    soundfile.write(manifest.parent / "long.wav", np.tile([0.5, -0.5], 16_000 * 61), 16_000)
+    os.mkfifo(manifest.parent / "pipe.wav")
+    names = ("bomb.flac", "slow.wav", "long.wav", "pipe.wav", "nul\0.wav")
+    rows += [{"audio": name, "text": "x", "id": name.split(".")[0]} for name in names]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = encode(manifest, tmp_path / "out", CountingCodec(), max_bad_share=0.5)
+    assert (summary.encoded, summary.bad) == (12, 5)
+    reasons = {
+        row["id"]: row["reason"]
+        for row in map(json.loads, (tmp_path / "out.bad.jsonl").read_text().splitlines())
+    }
+    assert set(reasons) == {"bomb", "slow", "long", "pipe", "nul\0"}
+    assert "claims 1 samples a second" in reasons["slow"]
+    assert "122 s long" in reasons["long"]
+    assert "raise max_clip_seconds (it is 120)" in reasons["long"]
+    longer = encode(
+        manifest, tmp_path / "longer", CountingCodec(), max_bad_share=0.5, max_clip_seconds=200
+    )
+    assert (longer.encoded, longer.bad) == (13, 4)
+
+
+def test_a_codec_out_of_memory_names_the_clip(tmp_path, manifest):
+    class Small(CountingCodec):
+        def encode(self, waves):
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate"
+                " memory: you tried to allocate 64800000000 bytes."
+            )
+
+    with pytest.raises(UserError, match=r"out of memory on cpu, .*flac is the longest .*lower"):
+        encode(manifest, tmp_path / "out", Small())
+
+
+def test_a_script_without_a_main_guard_may_encode(tmp_path, manifest):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from counting_codec import CountingCodec\n"
+        "from llasa_jax.encode.offline import encode\n"
+        f"print(encode({str(manifest)!r}, {str(tmp_path / 'out')!r}, CountingCodec()).encoded)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "12"
+
+
+def test_foreign_files_beside_the_journal_stay(tmp_path, manifest):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.txt").write_text("x")
+    encode(manifest, tmp_path / "out", CountingCodec())
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
 
 
 def test_nothing_good_is_an_error_whatever_the_share(tmp_path, manifest):
@@ -431,7 +552,7 @@ def test_damaged_descriptions_are_sentences(dataset, tmp_path, name, damage):
     (tmp_path / "d" / name).write_bytes(damage)
     if (name, damage) == ("metadata.json", b"{}"):
         return  # it may name no codec
-    with pytest.raises(UserError, match=r"damaged|a TFDS dataset named None"):
+    with pytest.raises(UserError, match=r"copy the whole folder again|a TFDS dataset named None"):
         open_dataset(tmp_path / "d", "train")
 
 

@@ -8,10 +8,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,11 +35,12 @@ from llasa_jax.data.builder import open_dataset
 from llasa_jax.data.records import open_utterances
 from llasa_jax.data.settings import SourceSettings
 from llasa_jax.demo.tiny import make_tiny_codec
-from llasa_jax.encode.encoder import Encoder, share_gpu
+from llasa_jax.encode.devices import share_gpu
+from llasa_jax.encode.encoder import Encoder
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.offline import encode
 from llasa_jax.encode.online import OnlineBatches
-from llasa_jax.encode.online_cache import CodesCache, open_encoder
+from llasa_jax.encode.online_cache import CodesCache, check_place, open_encoder
 from llasa_jax.encode.planned import PlannedClips, Skipped
 from llasa_jax.encode.readers import CHANCES, STARTS, Readers
 from llasa_jax.encode.settings import OnlineSettings
@@ -469,6 +474,96 @@ def test_a_shared_gpu_is_divided(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     share_gpu(OnlineSettings(device="cuda:0", gpu_memory=0.3))
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.65"
+
+
+@pytest.mark.parametrize("place", ["run", "", "run/codes", "link/codes", "run/../run/"])
+def test_a_cache_in_or_around_the_run_is_refused(manifest, model, tmp_path, place):
+    """A cache's folder is replaced when all codes are there: a run in it would be deleted."""
+    (tmp_path / "runs/run").mkdir(parents=True)
+    (tmp_path / "runs/link").symlink_to(tmp_path / "runs/run")
+    online = OnlineSettings(cache=str(tmp_path / "runs" / place))
+    settings = settings_for(
+        model, tmp_path / "runs/run", data={"path": str(manifest), "mode": "online"}
+    )
+    records, validation = open_sources(settings.sources, online)
+    with pytest.raises(UserError, match=r"data.online.cache=.* must not lie in each other"):
+        open_encoder(online, records, validation, CountingCodec(), out=settings.out)
+
+
+def test_a_run_named_like_a_caches_journal_is_refused(tmp_path):
+    for suffix in (".partial", ".fresh"):
+        with pytest.raises(UserError, match="must not lie in each other"):
+            check_place(tmp_path / "codes", tmp_path / f"codes{suffix}")
+    check_place(tmp_path / "codes", tmp_path / "codes2")
+
+
+@pytest.mark.parametrize("folder", ["cache", "cache.partial", "cache.fresh"])
+def test_a_folder_that_holds_anything_else_is_no_cache(manifest, tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "thesis.tex").write_text("x")
+    audio = ManifestAudio(manifest)
+    with pytest.raises(UserError, match=r"holds thesis.tex, which no cache of codes holds"):
+        CodesCache(tmp_path / "cache", audio, {"train": audio.split("train")}, CountingCodec())
+    assert (tmp_path / folder / "thesis.tex").read_text() == "x"
+
+
+def test_a_cache_that_the_first_host_refuses_stops_all(manifest, tmp_path, monkeypatch):
+    """In two threads as two hosts: none waits for another that has gone."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/thesis.tex").write_text("x")
+    audio, here = ManifestAudio(manifest), threading.local()
+    barrier, values = threading.Barrier(2, timeout=20), [0, 0]
+
+    def largest(value):
+        values[here.host] = int(value)
+        barrier.wait()
+        most = max(values)
+        barrier.wait()
+        return most
+
+    monkeypatch.setattr(hosts, "largest", largest)
+    monkeypatch.setattr(jax, "process_index", lambda: here.host)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def open_on(host):
+        here.host = host
+        splits = {"train": audio.split("train")}
+        with pytest.raises(UserError) as caught:
+            CodesCache(tmp_path / "cache", audio, splits, CountingCodec())
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(open_on, range(2))
+    assert "holds thesis.tex" in first
+    assert "the first host cannot use data.online.cache" in second
+
+
+def test_damaged_codes_in_the_cache_are_made_anew(manifest, tmp_path):
+    audio, codec = ManifestAudio(manifest), CountingCodec()
+    codes = codec.encode([audio.wave(i) for i in range(3)])
+    splits = {"train": range(3)}
+    cache = CodesCache(tmp_path / "cache", audio, splits, codec)
+    cache.put([*enumerate(codes)])
+    cache.close()
+    with closing(sqlite3.connect(tmp_path / "cache.partial/journal.sqlite")) as journal, journal:
+        journal.execute("UPDATE codes SET codes = zeroblob(length(codes)) WHERE id = 'ada_02'")
+    cache = CodesCache(tmp_path / "cache", audio, splits, codec)
+    damaged = [audio.ids[i] == "ada_02" for i in range(3)]
+    assert [cache.get(i) is None for i in range(3)] == damaged
+    assert sum(damaged) == 1
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "fraction"),
+    [("cuda:7", "0,1", None), ("cuda:1", "0,1", "0.75"), ("cuda", "all", "0.75")],
+)
+def test_only_a_gpu_that_jax_uses_is_divided(monkeypatch, device, visible, fraction):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("JAX_CUDA_VISIBLE_DEVICES", visible)
+    share_gpu(OnlineSettings(device=device))
+    assert os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == fraction
 
 
 # Training

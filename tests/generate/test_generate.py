@@ -18,7 +18,8 @@ from llasa_jax.generate.speaker import Line, generate, generate_codes, plausible
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.sharding import make_mesh, parameter_shardings
-from llasa_jax.speech.prompts import Prompter, PromptSettings
+from llasa_jax.speech.prompts import Prompter
+from llasa_jax.speech.settings import PromptSettings
 
 GREEDY = SamplingSettings(temperature=0)
 TEXTS = [

@@ -7,7 +7,8 @@ import pytest
 
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer
 from llasa_jax.errors import UserError
-from llasa_jax.speech.prompts import Conversation, Prompter, PromptSettings, Utterance, join_texts
+from llasa_jax.speech.prompts import Conversation, Prompter, Utterance, join_texts
+from llasa_jax.speech.settings import PromptSettings
 
 CODES = np.array([5, 65_535, 0, 7], np.uint16)
 
@@ -319,7 +320,8 @@ def test_bad_settings_are_named(tokenizer):
     with pytest.raises(UserError, match=r"template 'a \{text' is malformed"):
         PromptSettings(user="a {text").filled()
     with pytest.raises(
-        UserError, match=r"must put <\|TEXT_UNDERSTANDING_START\|> into the conversation once"
+        UserError,
+        match=r"must put \{text\} into the conversation once, but it stands there 0",
     ):
         Prompter(tokenizer, PromptSettings(user="nothing")).opening("Hi")
     plain = make_tiny_tokenizer(extend=False)

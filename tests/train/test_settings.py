@@ -1,10 +1,15 @@
 """Settings: files, overrides, and mistakes answered with the right spelling."""
 
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
+
 import pytest
 import yaml
 from places import ROOT
 
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.settings import groups_of, may_change
 from llasa_jax.train.settings import Settings, parse_settings
 
 
@@ -49,8 +54,8 @@ def test_file_then_overrides(config):
         (["--lerning_rate=1"], "did you mean optimizer.learning_rate?"),
         (["--train.rows=many"], "train.rows.*many"),
         (["--model.dtype=f16"], "model.dtype.*f16"),
-        (["--train.rows=0"], "train.rows must be at least 1 but is 0"),
-        (["--train.save_every=0"], "train.save_every must be at least 1 but is 0"),
+        (["--train.rows=0"], "train.rows is 0; it must be at least 1"),
+        (["--train.save_every=0"], "train.save_every is 0; it must be at least 1"),
         (["--log.samples=[Hello]"], "log.samples needs log.codec"),
         (["--optimizer.schedule=linear"], "optimizer.schedule.*linear"),
         (["--optimizer.name=adamz"], "optimizer.name.*adafactor.*adagrad.*lion.*sgd.*adamz"),
@@ -73,8 +78,8 @@ def test_mistakes(config, arguments, complaint):
     ("content", "complaint"),
     [
         ("train: {row: 3}", r"unknown setting train.row in .*bad.yaml; did you mean train.rows\?"),
-        ("[1, 2]", "must hold settings as `key: value`"),
-        ("a: b: c", "is no YAML"),
+        ("[1, 2]", "write settings as `key: value`"),
+        ("a: b: c", "is not valid YAML"),
     ],
 )
 def test_bad_files(tmp_path, content, complaint):
@@ -82,12 +87,66 @@ def test_bad_files(tmp_path, content, complaint):
     path.write_text(content)
     with pytest.raises(UserError, match=complaint):
         parse_settings(["--config", str(path)])
-    with pytest.raises(UserError, match="nowhere.yaml does not exist"):
+    with pytest.raises(UserError, match="nowhere.yaml: the config is missing"):
         parse_settings(["--config", "nowhere.yaml"])
 
 
-def test_every_recipe_parses():
+def every_group(cls=Settings):
+    yield cls
+    for field in fields(cls):
+        for inner in groups_of(field.type):
+            yield from every_group(inner)
 
+
+def explanations(cls) -> dict[str, str]:
+    """The text under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        field.target.id: " ".join(ast.literal_eval(text.value).split())
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+def test_every_setting_is_explained_and_help_shows_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for cls in set(every_group()):
+        explained = explanations(cls)
+        for field in fields(cls):
+            if not is_dataclass(field.type):
+                assert field.name in explained, f"explain {cls.__name__}.{field.name} below it"
+                # A source's settings are those of a list's members, of which help shows the list.
+                if cls.__name__ != "SourceSettings":
+                    assert explained[field.name] in shown, f"{cls.__name__}.{field.name}"
+    assert "It must be at least 0 and at most 1,000,000. (type: float, default: 1.0)" in shown
+    assert "It may change when a run resumes. (type: int, default: 500)" in shown
+
+
+def test_what_may_change_when_a_run_resumes():
+    online = "device queue workers read_ahead cache max_bad_share stall_seconds torch_threads"
+    assert may_change(Settings) == {
+        "out",
+        "data.doctor",
+        "optimizer.offload",
+        "profile.steps",
+        *(
+            f"mesh.{name}"
+            for name in ("data", "fsdp", "tensor", "slices", "hosts", "start_timeout")
+        ),
+        *(f"model.{name}" for name in ("attention", "remat", "loss_chunk")),
+        *(f"train.{name}" for name in ("save_every", "keep", "keep_best", "validate_every")),
+        *(f"data.online.{name}" for name in (*online.split(), "gpu_memory")),
+        *(f"log.{name}" for name in ("every", "tensorboard", "wandb", "codec")),
+        *(f"log.{name}" for name in ("samples", "samples_every", "samples_speaker")),
+    }
+
+
+def test_every_recipe_parses():
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
     assert recipes
     for recipe in recipes:

@@ -191,7 +191,11 @@ def test_nothing_is_learned_from_nan(model, clips, tmp_path, monkeypatch):
         match=r"the (loss|grad_norm) became (nan|inf) at step \d+; lower optimizer.learning_rate",
     ):
         train(
-            settings_for(model, tmp_path / "run", optimizer={"learning_rate": 1e30, "clip": 0.0}),
+            settings_for(
+                model,
+                tmp_path / "run",
+                optimizer={"name": "sgd", "learning_rate": 99.0, "clip": 0.0},
+            ),
             clips,
         )
     for step in model_folder.saved_steps(tmp_path / "run"):
