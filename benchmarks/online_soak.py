@@ -6,8 +6,8 @@ raises in its thread, and the trainer is stopped (SIGTERM, SIGINT) and killed (S
 random, also while it starts; the same command goes on every time. At the end of a round every good
 clip must have been trained on in exactly one step, every bad one in none and be listed with its
 reason, and a step that was done twice must have had the same clips. Any other end of a process than
-those that were asked for, and three minutes without a step, fail. Longer stops than five seconds
-are told.
+those that were asked for, and three minutes without a step, fail. Stops longer than five seconds
+are reported.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Clips a second in training: rows packed by llasa-jax, against upstream's way in PyTorch, on the
+"""Clips per second in training: rows packed by llasa-jax, against upstream's way in PyTorch, on the
 same machine. Both sides run in turns.
 
 Upstream (LLaSA_training) pads every clip to 2,048 tokens and leaves the loss to HF's
@@ -10,7 +10,7 @@ On a CPU the model is narrow and shallow, in float32, with all cores for either 
 Llasa-1B's geometry in bfloat16 on one GPU, PyTorch as fast as it goes: weights in bfloat16, SDPA,
 fused AdamW, four clips at once without recomputing and four times that for an update, which is
 upstream's own setting. llasa-jax runs `configs/llasa_1b_full_1x80gb.yaml`, with float32 weights and
-optimizer, and its share of the GPU's peak is told.
+optimizer, and prints its share of the GPU's peak.
 """
 
 import argparse
