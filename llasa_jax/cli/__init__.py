@@ -12,6 +12,7 @@ import warnings
 
 from llasa_jax import __version__
 from llasa_jax.cli import data, inspect, model, plan, speak, train
+from llasa_jax.cli.arguments import Parser
 from llasa_jax.errors import UserError, printable
 from llasa_jax.runtime.files import explain
 from llasa_jax.runtime.leave import leave
@@ -22,7 +23,7 @@ GROUPS = (model, data, inspect, plan, train, speak)
 
 def new_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llasa-jax",
         description="Finetune Llasa, the LLaMA that speaks, in JAX.",
         allow_abbrev=False,
@@ -38,16 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user
     can fix, 1 for bad findings.
     """
-    parser = new_parser()
-    args, settings = parser.parse_known_args(arguments)
-    if settings and not args.takes_settings:
-        parser.error(f"unrecognized arguments: {' '.join(settings)}")
-    args.settings = settings
     warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     for name in ("absl", "orbax", "jax", "huggingface_hub"):  # they log at every step
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        parser = new_parser()
+        args, settings = parser.parse_known_args(arguments)
+        if settings and not args.takes_settings:
+            parser.error(f"unrecognized arguments: {' '.join(settings)}")
+        args.settings = settings
         status = args.run(args) or 0
         sys.stdout.flush()
         return leave(status)

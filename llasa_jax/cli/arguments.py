@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.settings import DEVICE, MAX_SEED, number, text
 
 # Both are owned elsewhere (llasa_jax.codec, llasa_jax.data.importing). They are repeated here
 # because importing their owners would slow `--help` down; tests/cli/test_cli.py compares them.
@@ -12,6 +13,17 @@ DEFAULT_CODEC = "HKUSTAudio/xcodec2-hf"
 UNKNOWN_CODEC = "unknown"
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+NAME = text("a name")
+SEED = number(int, low=0, high=MAX_SEED)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are sentences, as all errors of the user."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; `{self.prog} --help` shows what can be given")
 
 
 def add_command(
@@ -44,13 +56,18 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="cpu", help="PyTorch's name of the device that runs the codec"
+        "--device",
+        type=DEVICE,
+        default="cpu",
+        help="PyTorch's name of the device that runs the codec",
     )
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--step", type=int, help="which of a run's checkpoints; the latest if not given"
+        "--step",
+        type=number(int, low=0),
+        help="which of a run's checkpoints; the latest if not given",
     )
 
 
@@ -64,17 +81,17 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_validation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-share",
-        type=float,
+        type=number(float, low=0, below=1),
         default=0.0,
         help="share of the clips that becomes the split `validation`",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of validation clips")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of validation clips")
 
 
 def add_max_bad_share(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad-share",
-        type=float,
+        type=number(float, low=0, high=1),
         default=0.05,
         help="fail if more than this share of the clips cannot be used",
     )

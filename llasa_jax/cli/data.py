@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from llasa_jax.cli.arguments import (
+    NAME,
     UNKNOWN_CODEC,
     add_codec,
     add_command,
@@ -12,6 +13,7 @@ from llasa_jax.cli.arguments import (
     add_validation,
     load_tokenizer,
 )
+from llasa_jax.runtime.settings import number
 
 
 def encode(args) -> None:
@@ -100,7 +102,7 @@ def add_commands(commands) -> None:
     add_max_bad_share(parser)
     parser.add_argument(
         "--batch-seconds",
-        type=float,
+        type=number(float, low=1, high=86_400),
         default=600.0,
         help="seconds of audio that are read ahead of the codec",
     )
@@ -173,7 +175,10 @@ def _add_columns(parser: argparse.ArgumentParser, mapping: str) -> None:
 def _add_import_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="a new folder for the dataset")
     parser.add_argument(
-        "--codec-name", default=UNKNOWN_CODEC, help="the codec that made the codes, to be recorded"
+        "--codec-name",
+        type=NAME,
+        default=UNKNOWN_CODEC,
+        help="the codec that made the codes, to be recorded",
     )
     add_max_bad_share(parser)
 
@@ -181,7 +186,7 @@ def _add_import_options(parser: argparse.ArgumentParser) -> None:
 def _add_code_offset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--code-offset",
-        type=int,
+        type=number(int, low=0, high=2**31 - 1),
         default=0,
         help="subtract this from every code: the id of <|s_0|>, where codes are stored as token ids"
         " (128264 for Llama 3's tokenizer)",
@@ -189,10 +194,15 @@ def _add_code_offset(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=4, help="processes that read audio")
+    parser.add_argument(
+        "--workers",
+        type=number(int, low=1, high=256),
+        default=4,
+        help="processes that read audio",
+    )
     parser.add_argument(
         "--max-clip-seconds",
-        type=float,
+        type=number(float, low=1, high=3600),
         default=120.0,
         help="list longer clips as bad: the codec's memory grows with the square of their length",
     )

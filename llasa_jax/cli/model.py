@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llasa_jax.cli.arguments import DTYPES, add_base, add_command, add_step
+from llasa_jax.cli.arguments import DTYPES, SEED, add_base, add_command, add_step
 
 
 def import_hf(args) -> None:
@@ -59,7 +59,7 @@ def add_commands(commands) -> None:
         action="store_true",
         help="start from a text model: add the speech tokens to tokenizer and tables",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the rows that --extend-vocab adds")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the rows that --extend-vocab adds")
 
     parser = add_command(
         commands,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llasa_jax.cli.arguments import add_command
+from llasa_jax.runtime.settings import number
 
 
 def plan(args) -> None:
@@ -36,13 +37,13 @@ def plan(args) -> None:
     print(plan.describe(result, settings))
     if args.search:
         print(
-            f"the most rows a device that fit: {result.rows_per_device:g}"
+            f"the most rows per device that fit: {result.rows_per_device:g}"
             if result.fits
-            else "not even one row a device fits"
+            else "not even one row per device fits"
         )
         if args.topology != "here":
             print(
-                "the smallest machine of its kind that fits one row a device:"
+                "the smallest machine of its kind that fits one row per device:"
                 f" {smallest.topology if smallest else 'none that is known'}"
             )
 
@@ -52,8 +53,8 @@ def add_commands(commands) -> None:
         commands,
         "plan",
         plan,
-        "Say whether a training step fits a machine that need not be here, and how long it takes"
-        " there. Settings of `train` may follow as --setting.name=value.",
+        "Say whether a training step fits a machine that you may not have yet, and how long it"
+        " takes there. Settings of `train` may follow as --setting.name=value.",
         takes_settings=True,
     )
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
@@ -63,9 +64,13 @@ def add_commands(commands) -> None:
         help="such as v5e:4x4, v5p:2x2x2, h100:8, or `here` for this machine",
     )
     parser.add_argument("--model", help="1b, 3b, 8b or a model's folder, instead of model.path")
-    parser.add_argument("--rows-per-device", type=int, help="instead of train.rows")
     parser.add_argument(
-        "--speech-hours", type=float, help="the dataset's size, where data.path is not there yet"
+        "--rows-per-device", type=number(int, low=1, high=65_536), help="instead of train.rows"
+    )
+    parser.add_argument(
+        "--speech-hours",
+        type=number(float, above=0, high=1e8),
+        help="the dataset's size, where data.path is not there yet",
     )
     parser.add_argument(
         "--search",

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from llasa_jax.cli.arguments import add_base, add_codec, add_command, add_device, add_step
+from llasa_jax.cli.arguments import SEED, add_base, add_codec, add_command, add_device, add_step
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.settings import number
 
 
 def generate(args) -> None:
@@ -78,18 +79,26 @@ def add_commands(commands) -> None:
     parser.add_argument("--prompt-audio", type=Path, help="a voice to clone; needs --prompt-text")
     parser.add_argument("--prompt-text", help="what the prompt audio says")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 always takes the most probable token"
+        "--temperature",
+        type=number(float, low=0, high=1e3),
+        default=0.8,
+        help="0 always takes the most probable token",
     )
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0, help="0 means all")
+    parser.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="1.2 is usual for finetuned voices"
+        "--top-k", type=number(int, low=0, high=10**6), default=0, help="0 means all"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=number(float, above=0, high=100),
+        default=1.0,
+        help="1.2 is usual for finetuned voices",
     )
     parser.add_argument("--any-token", action="store_true", help="allow text tokens too")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument(
         "--max-seconds",
-        type=float,
+        type=number(float, low=0.02, high=3600),
         help="longest speech; by default a length that is plausible for the text",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
