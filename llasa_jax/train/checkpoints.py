@@ -2,18 +2,29 @@
 training goes on.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is whole, so a crash never
-leaves half of one. There is no random state to keep: training draws nothing at random but the order
-of the data, and that is a seed and the place in it.
+leaves half of one. Beside each step, `about` keeps the checksum of every tensor (see
+`llasa_jax.model.checksum`) and of the place in the data, so a flipped bit is found when the
+checkpoint is read, on any mesh. There is no random state to keep: only the order of the data is
+random, and that is a seed and the place in it.
 """
 
+import json
 import shutil
+import tempfile
+import time
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from llasa_jax.convert.model_folder import (
     ABOUT,
@@ -25,21 +36,32 @@ from llasa_jax.convert.model_folder import (
     saved_steps,
 )
 from llasa_jax.errors import UserError
+from llasa_jax.model.checksum import checksums, compare
 from llasa_jax.runtime import hosts
-from llasa_jax.runtime.files import is_full
+from llasa_jax.runtime.faults import first_unreadable, is_passing
+from llasa_jax.runtime.files import explain, is_full
+from llasa_jax.runtime.library_path import library_path
 
 OPTIMIZER, DATA = "optimizer", "data"
+ITEMS = {PARAMS, OPTIMIZER, DATA, ABOUT}
+# What a folder of Orbax's has, some of it even while it is being removed.
+CONTENTS = ITEMS | {"_CHECKPOINT_METADATA", "commit_success.txt"}
 DAMAGED = "damaged"
+# Seconds to wait before a checkpoint that could not be read is read again.
+RETRIES = (1.0, 5.0, 20.0)
+
+# How reading a checkpoint ended. The worst of all hosts counts.
+READ, DAMAGE, PASSING = 0, 1, 2
 
 
 class Checkpoints:
-    """The `checkpoints/` of a run's folder: the newest `keep`, and besides them the `keep_best` of
-    the lowest validation loss.
+    """The `checkpoints/` of a run's folder: the newest `keep`, and the `keep_best` with the lowest
+    validation loss.
 
-    `clips` is the number of the training data's clips: the place in the data means something only
-    for the same data, on the same number of hosts, so both are kept with it. `base` is the folder
-    and the fingerprint of the model that a LoRA run's checkpoints belong to. A context, which ends
-    when everything is on disk; what cannot be written raises UserError.
+    The place in the data means something only for the same data on the same number of hosts, so
+    both are kept with it: `clips` is the number of training clips, `data` a fingerprint of them.
+    `base` is the folder and the fingerprint of the model that a LoRA run's checkpoints belong to.
+    A context, which ends when everything is on disk. Raises UserError on what cannot be written.
     """
 
     def __init__(
@@ -49,19 +71,24 @@ class Checkpoints:
         keep_best: int = 0,
         clips: int = 0,
         base: tuple[Path, str] | None = None,
+        data: str = "",
     ):
         self._folder, self._keep, self._keep_best = (run / CHECKPOINTS).absolute(), keep, keep_best
-        self._place = {"hosts": jax.process_count(), "clips": clips}
+        self._place = {"hosts": jax.process_count(), "clips": clips} | (
+            {"dataset": data} if data else {}
+        )
         self._run, self._base = run, base
         self._losses = {
             step: loss
             for step in saved_steps(run)
-            if (loss := read_about(run, step).get("validation_loss")) is not None
+            if (loss := self._about(step).get("validation_loss")) is not None
         }
+        self._check_writable()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, create=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._alias = library_path(self._folder)
+        self._manager = ocp.CheckpointManager(self._alias.__enter__(), options=options)
 
     def save(
         self,
@@ -72,27 +99,37 @@ class Checkpoints:
         validation_loss: float | None = None,
     ) -> None:
         """Begins to write the state after `step` steps; returns once it is copied off the devices.
-        Does nothing if it is there.
+        Does nothing if it is there already.
 
-        An earlier checkpoint is removed only when this one is whole.
+        An earlier checkpoint is removed only when this one is whole. Raises UserError where it
+        cannot be written, and where a weight is not finite: such a state is not worth keeping.
         """
         if step in self._manager.all_steps():
             return
+        if not _all_finite(params):
+            raise UserError(
+                f"the weights became infinite or nan by step {step}, which is not saved; lower"
+                " optimizer.learning_rate or look at the data, and go on from the last checkpoint"
+            )
+        self._check_writable()
         if validation_loss is not None:
             self._losses[step] = validation_loss
         base = {"base": str(self._base[0]), "fingerprint": self._base[1]} if self._base else {}
+        about = self._place | base | {"validation_loss": validation_loss}
+        about["checksums"] = {PARAMS: checksums(params), OPTIMIZER: checksums(opt_state)}
+        about["checksums"][DATA] = _of_all_hosts(_crc(data.get_state()))
         items = {
             PARAMS: ocp.args.StandardSave(params, save_args=chunking(params)),
             OPTIMIZER: ocp.args.StandardSave(opt_state),
             DATA: grain.checkpoint.CheckpointSave(data),
-            ABOUT: ocp.args.JsonSave(self._place | base | {"validation_loss": validation_loss}),
+            ABOUT: ocp.args.JsonSave(about | {"checksum": _crc(about)}),
         }
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def check(self) -> None:
-        """Raises UserError if what is being written in the background has failed; otherwise that
-        would be told with the next save.
+        """Raises UserError if what is being written in the background has failed. Otherwise the
+        next save would be the first to say so.
         """
         with self._explained():
             if not self._manager.is_saving_in_progress():
@@ -101,54 +138,58 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """The step with the lowest validation loss among the checkpoints, and that loss."""
-        kept = [
+        known = [
             (loss, step) for step, loss in self._losses.items() if step in self._manager.all_steps()
         ]
-        return min(kept)[::-1] if kept else None
+        return min(known)[::-1] if known else None
 
     def restore(self, params, opt_state, data: grain.DatasetIterator):
-        """The newest readable checkpoint as (step, params, opt_state), with `data` moved to its
-        place; None if there is none.
+        """The newest whole checkpoint as (step, params, opt_state), with `data` moved to its place;
+        None if there is none.
 
         `params` and `opt_state` are trees of `ShapeDtypeStruct` with shardings: the mesh may differ
-        from the one that saved. A damaged checkpoint is passed over with a warning, and moved aside
-        so that it can be written anew. UserError where none can be read, and where the data or the
-        number of hosts are others.
+        from the one that saved. A damaged checkpoint is passed over with a warning, and moved to
+        `damaged/` so that it can be written again; so is one whose weights are not finite.
+        UserError where none is whole, where one cannot be read for a reason that may pass (after
+        some tries), and where the data or the number of hosts are others.
         """
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._check_place(step)
-            items = {
-                PARAMS: ocp.args.StandardRestore(params),
-                OPTIMIZER: ocp.args.StandardRestore(opt_state),
-                DATA: grain.checkpoint.CheckpointRestore(data),
-                ABOUT: ocp.args.JsonRestore(),
-            }
-            try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-                jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER]))
-                failure = ""
-            except Exception as error:  # noqa: BLE001 Orbax, TensorStore and JSON each raise their own kinds
-                failure = " ".join(str(error).split())[:200]
-            if hosts.largest(bool(failure)):
-                damaged[step] = failure or "another host cannot read it"
+            read, failure = self._read(step, params, opt_state, data)
+            if read is None:
+                damaged[step] = failure
                 continue
             self._move_aside(damaged)
-            return step, restored[PARAMS], restored[OPTIMIZER]
+            self._remove_half_deleted(step)
+            return step, *read
         if damaged:
             raise UserError(
                 f"none of the checkpoints in {self._folder} can be read (step {max(damaged)}:"
-                f" {damaged[max(damaged)]}); mend or delete them, or choose another out folder"
+                f" {damaged[max(damaged)]}); restore or delete them, or choose another out folder"
             )
         return None
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Orbax's question which checkpoints to keep; they come in the order of their steps."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = sorted((step for step in steps if step in self._losses), key=self._losses.get)[
-            : self._keep_best
-        ]
-        return [step in (*steps[-self._keep :], *best) for step in steps]
+        """Orbax's question which checkpoints to keep, in the order of their steps. (Its own
+        policies would look for the losses where older runs have none.)
+        """
+        return self._preserved([checkpoint.step for checkpoint in checkpoints])
+
+    def _preserved(self, steps: list[int]) -> list[bool]:
+        ours = [step for step in steps if self._is_ours(step)]
+        known = [step for step in ours if step in self._losses]
+        best = sorted(known, key=lambda step: self._losses[step])[: self._keep_best]
+        # Somebody else's folder that has a number for a name is not ours to remove.
+        return [step in (*ours[-self._keep :], *best) or step not in ours for step in steps]
+
+    def _is_ours(self, step: int) -> bool:
+        contents = self._contents(step)
+        return bool(contents & CONTENTS) or not contents
+
+    def _contents(self, step: int) -> set[str]:
+        folder = self._folder / str(step)
+        return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
     def __enter__(self):
         return self
@@ -161,23 +202,87 @@ class Checkpoints:
             # The first error is the cause, and the one to tell.
             if kind is None:
                 raise
+        finally:
+            self._alias.__exit__(None, None, None)
 
-    @contextmanager
-    def _explained(self):
+    # Reading
+
+    def _read(self, step: int, params, opt_state, data) -> tuple[tuple | None, str]:
+        """The weights and the optimizer's state of a step, found whole; or None and what is wrong
+        with them. UserError where a fault does not pass.
+        """
+        items = {
+            PARAMS: ocp.args.StandardRestore(params),
+            OPTIMIZER: ocp.args.StandardRestore(opt_state),
+            DATA: grain.checkpoint.CheckpointRestore(data),
+            ABOUT: ocp.args.JsonRestore(),
+        }
+
+        def read():
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER]))
+
+        for wait in (*RETRIES, None):
+            restored, verdict, failure = self._attempt(step, read)
+            if verdict == READ:
+                # All hosts have it, so all can compute the checksums, which they do together.
+                verify = partial(self._verify, step, restored[0], restored[1], data)
+                _, verdict, failure = self._attempt(step, verify)
+            if verdict == READ:
+                return restored, ""
+            restored = None  # before the next one takes as much memory
+            if verdict == DAMAGE:
+                return None, failure
+            if wait is None:
+                raise UserError(
+                    f"the checkpoint of step {step} in {self._folder} cannot be read now"
+                    f" ({failure}), which says nothing about its contents; it stays where it is;"
+                    " fix that and give the same command again"
+                )
+            if jax.process_index() == 0:
+                warnings.warn(
+                    f"the checkpoint of step {step} cannot be read ({failure}); trying again in"
+                    f" {wait:.0f} s",
+                    stacklevel=3,
+                )
+            time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    def _attempt(self, step: int, work: Callable):
+        """(What `work` returns, the verdict of all hosts, what failed)."""
+        result, verdict, failure = None, READ, ""
         try:
-            yield
-        except Exception as error:
-            reason = "the disk is full" if is_full(error) else " ".join(str(error).split())[:200]
-            saved = saved_steps(self._folder.parent)
-            since = (
-                f"goes on after step {saved[-1]}, the last whole checkpoint"
-                if saved
-                else "begins anew, for none is whole yet"
-            )
-            raise UserError(
-                f"a checkpoint could not be written to {self._folder} ({reason}); mend that and"
-                f" give the same command again, which {since}"
-            ) from error
+            result = work()
+        except Exception as error:  # noqa: BLE001 Orbax, TensorStore and JSON each raise their own kinds
+            failure = " ".join(str(error).split())[:200] or type(error).__name__
+            unreadable = first_unreadable(self._folder / str(step))
+            verdict = PASSING if unreadable or is_passing(error) else DAMAGE
+            failure = (unreadable and explain(unreadable)) or failure
+        worst = hosts.largest(verdict)
+        return result, worst, failure or "another host cannot read it"
+
+    def _verify(self, step: int, params, opt_state, data) -> None:
+        """Raises UserError or ValueError where what was read is not what was saved, or is not
+        finite.
+        """
+        about = read_about(self._run, step)
+        # Checkpoints of older versions have no checksums.
+        if about.pop("checksum", None) not in (None, _crc(about)):
+            raise ValueError(f"the checksum of {ABOUT} is not the one that was saved")
+        saved = about.get("checksums", {})
+        for name, tree in ((PARAMS, params), (OPTIMIZER, opt_state)):
+            if name in saved:
+                compare(checksums(tree), saved[name], f"{name} of step {step}")
+        if DATA in saved and saved[DATA][jax.process_index()] != _crc(data.get_state()):
+            raise ValueError("the checksum of the place in the data is not the one that was saved")
+        if not _all_finite(params):
+            raise ValueError("its weights are not finite")
+
+    def _about(self, step: int) -> dict:
+        """What was noted beside a step; nothing where that is damaged."""
+        about = read_about(self._run, step)
+        checksum = about.pop("checksum", None)
+        return about if checksum in (None, _crc(about)) else {}
 
     def _check_place(self, step: int) -> None:
         if self._base:
@@ -189,25 +294,91 @@ class Checkpoints:
                 what = {
                     "hosts": f"on {before} hosts, not {now}",
                     "clips": f"from {before} training clips, not {now}",
+                    "dataset": f"from other training data (fingerprint {before}, not {now})",
                 }[name]
                 raise UserError(
                     f"the run in {self._folder.parent} was made {what}, so its place in the data"
                     " has no meaning now; go on as it was, or choose another out folder"
                 )
 
+    # Folders
+
     def _move_aside(self, damaged: dict[int, str]) -> None:
         for step, failure in damaged.items():
             if jax.process_index() == 0:
-                there = self._folder.parent / DAMAGED / str(step)
+                there = _free_name(self._folder.parent / DAMAGED / str(step))
                 warnings.warn(
                     f"the checkpoint of step {step} is damaged and is passed over for the one"
                     f" before; it is now in {there}: {failure}",
                     stacklevel=3,
                 )
-                shutil.rmtree(there, ignore_errors=True)
                 there.parent.mkdir(exist_ok=True)
                 (self._folder / str(step)).rename(there)
             self._losses.pop(step, None)
         if damaged:
             hosts.largest(0)  # nobody looks before all is moved
             self._manager.reload()
+
+    def _remove_half_deleted(self, newest: int) -> None:
+        """Removes what a process that was killed while it removed an old checkpoint has left."""
+        steps = sorted(self._manager.all_steps())
+        if jax.process_index() == 0:
+            for step, wanted in zip(steps, self._preserved(steps), strict=True):
+                half = self._is_ours(step) and not ITEMS.issubset(self._contents(step))
+                if step < newest and (half or not wanted):
+                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
+        hosts.largest(0)  # nobody looks before all is removed
+        self._manager.reload()
+
+    def _check_writable(self) -> None:
+        """UserError where nothing can be made in the folder. Orbax would wait 300 s for another
+        thread that fails to make it.
+        """
+        with self._explained():
+            if jax.process_index() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                Path(tempfile.mkdtemp(prefix=".writable.", dir=self._folder)).rmdir()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = "the disk is full" if is_full(error) else " ".join(str(error).split())[:200]
+            saved = saved_steps(self._folder.parent)
+            since = (
+                f"goes on after step {saved[-1]}, the last whole checkpoint"
+                if saved
+                else "starts again, for none is whole yet"
+            )
+            raise UserError(
+                f"a checkpoint could not be written to {self._folder} ({reason}); fix that and"
+                f" give the same command again, which {since}"
+            ) from error
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number after it where that exists: an earlier one is kept."""
+    names = (path.with_name(f"{path.name}.{n}" if n else path.name) for n in range(10_000))
+    return next(name for name in names if not name.exists())
+
+
+@jax.jit
+def _finite(tree) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
+
+
+def _all_finite(tree) -> bool:
+    return bool(jax.device_get(_finite(tree)))
+
+
+def _crc(content) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _of_all_hosts(value: int) -> list[int]:
+    """Every host's value, in the order of the processes. Every host must ask."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.uint32(value)).tolist()

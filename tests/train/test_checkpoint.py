@@ -6,12 +6,17 @@ import errno
 import gc
 import json
 import os
+import re
 import shutil
+import tempfile
+import time
+from pathlib import Path
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from llasa_jax.convert.model_folder import saved_steps
@@ -147,7 +152,7 @@ def test_where_all_are_damaged_nothing_begins_anew(run):
         (run / "checkpoints" / str(step) / "params" / "manifest.ocdbt").unlink()
     with pytest.raises(
         UserError,
-        match=r"none of the checkpoints in .* can be read \(step 6: .*; mend or delete them",
+        match=r"none of the checkpoints in .* can be read \(step 6: .*; restore or delete them",
     ):
         restore(run)
     assert saved_steps(run) == [2, 4, 6]
@@ -211,3 +216,181 @@ def test_what_fails_in_the_background_is_told_before_the_next_save(tmp_path, mon
 def check_for_ever(checkpoints):
     while True:
         checkpoints.check()
+
+
+def write_again(run, step, params, opt_state):
+    """Writes other weights into a whole checkpoint, with the checksums of before: what a flipped
+    bit in memory, or one that the file format does not notice, leaves behind.
+    """
+    about = run / "checkpoints" / str(step) / "about" / "metadata"
+    before = about.read_text()
+    shutil.rmtree(run / "checkpoints" / str(step))
+    order = data()
+    for _ in range(step):
+        next(order)
+    with Checkpoints(run, 9, clips=3) as checkpoints:
+        checkpoints.save(step, params, opt_state, order)
+    about.write_text(before)
+
+
+def flipped(tree, name):
+    array = np.array(tree[name])
+    array.view(np.uint32).flat[array.size // 3] ^= 1 << 3
+    return tree | {name: jnp.asarray(array)}
+
+
+@pytest.mark.parametrize("where", ["params", "optimizer"])
+def test_one_flipped_bit_is_found_and_the_tensor_named(run, where):
+    params, opt_state = tree(6), tree(-6)
+    if where == "params":
+        write_again(run, 6, flipped(params, "a"), opt_state)
+    else:
+        write_again(run, 6, params, flipped(opt_state, "a"))
+    with pytest.warns(UserWarning, match=f"step 6 is damaged .*{where}.*the checksum of a is not"):
+        assert restore(run) == 4
+    assert saved_steps(run) == [2, 4]
+
+
+def test_a_changed_digit_of_the_place_in_the_data_is_found(run):
+    place = run / "checkpoints" / "6" / "data" / "process_0-of-1.json"
+    place.write_text(re.sub(r"\d+", lambda number: str(int(number[0]) + 2), place.read_text()))
+    with pytest.warns(UserWarning, match="the checksum of the place in the data"):
+        assert restore(run) == 4
+
+
+def test_a_changed_digit_beside_the_checkpoint_is_found(run):
+    about = run / "checkpoints" / "6" / "about" / "metadata"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"validation_loss": 0.5}))
+    with Checkpoints(run, 9, clips=3) as checkpoints:
+        assert checkpoints.best() is None
+    with pytest.warns(UserWarning, match="the checksum of about"):
+        assert restore(run) == 4
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_gone_back_to(run):
+    bad = tree(8) | {"b": {"c": jnp.full(10, jnp.nan)}}
+    with (
+        Checkpoints(run, 9, clips=3) as checkpoints,
+        pytest.raises(UserError, match="the weights became infinite or nan by step 8"),
+    ):
+        checkpoints.save(8, bad, tree(-8), data())
+    assert saved_steps(run) == [2, 4, 6]
+    # One of an older version, which has no checksums.
+    write_again(run, 6, tree(6), tree(-6))
+    about = run / "checkpoints" / "6" / "about" / "metadata"
+    shutil.rmtree(run / "checkpoints" / "6")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llasa_jax.train.checkpoints._all_finite", lambda _: True)
+        with Checkpoints(run, 9, clips=3) as checkpoints:
+            checkpoints.save(6, bad, tree(-6), data())
+    about.write_text(json.dumps({"hosts": 1, "clips": 3, "validation_loss": None}))
+    with pytest.warns(UserWarning, match="step 6 is damaged .* its weights are not finite"):
+        assert restore(run) == 4
+
+
+def test_checkpoints_of_older_versions_are_read(run):
+    about = run / "checkpoints" / "6" / "about" / "metadata"
+    about.write_text(json.dumps({"hosts": 1, "clips": 3, "validation_loss": None}))
+    assert restore(run) == 6
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
+        ValueError("PERMISSION_DENIED: Error opening zarr driver"),
+    ],
+    ids=lambda fault: (str(fault) or "memory")[:20],
+)
+def test_a_passing_fault_is_not_damage(run, monkeypatch, fault):
+    """Tried again; then an error that leaves the checkpoint where it is."""
+    real, left = ocp.CheckpointManager.restore, [2]
+
+    def hiccup(self, *arguments, **more):
+        if left[0]:
+            left[0] -= 1
+            raise fault
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr("llasa_jax.train.checkpoints.RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", hiccup)
+    with pytest.warns(UserWarning, match="step 6 cannot be read .*trying again"):
+        assert restore(run) == 6
+    left[0] = 9
+    with (
+        pytest.warns(UserWarning, match="trying again"),
+        pytest.raises(UserError, match="step 6 in .* cannot be read now .* it stays where it is"),
+    ):
+        restore(run)
+    assert saved_steps(run) == [2, 4, 6]
+    assert not (run / "damaged").exists()
+
+
+def test_what_cannot_be_opened_is_not_damage(run, monkeypatch):
+    """Orbax takes a file that it may not open for one that is not there."""
+    shutil.rmtree(run / "checkpoints" / "6" / "data")
+    real = Path.open
+
+    def closed(self, *arguments, **more):
+        if self.name == "manifest.ocdbt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr("llasa_jax.train.checkpoints.RETRIES", ())
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(UserError, match="manifest.ocdbt: permission denied"):
+        restore(run)
+    assert saved_steps(run) == [2, 4, 6]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_at_once(run, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    began = time.monotonic()
+    with Checkpoints(run, 9, clips=3) as checkpoints:
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        with pytest.raises(UserError, match="could not be written .*Permission denied"):
+            checkpoints.save(8, tree(8), tree(-8), data())
+        with pytest.raises(UserError, match="goes on after step 6"):
+            Checkpoints(run, 9, clips=3)
+    assert time.monotonic() - began < 60
+    assert saved_steps(run) == [2, 4, 6]
+
+
+def test_half_deleted_checkpoints_are_removed_and_foreign_folders_are_not(run):
+    shutil.rmtree(run / "checkpoints" / "2" / "params")
+    (run / "checkpoints" / "3").mkdir()
+    (run / "checkpoints" / "3" / "letter.txt").write_text("dear")
+    (run / "checkpoints" / "06").mkdir()
+    assert restore(run) == 6
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["06", "3", "4", "6"]
+    with Checkpoints(run, 1, clips=3) as checkpoints:
+        checkpoints.save(8, tree(8), tree(-8), data())
+    assert (run / "checkpoints" / "3" / "letter.txt").read_text() == "dear"
+    assert not (run / "checkpoints" / "4").exists()
+
+
+def test_other_data_of_the_same_size_is_refused(tmp_path):
+    order = data()
+    next(order)
+    with Checkpoints(tmp_path, 9, clips=3, data="abc") as checkpoints:
+        checkpoints.save(1, tree(1), tree(-1), order)
+    assert restore(tmp_path) == 1  # whose data has no fingerprint
+    with (
+        Checkpoints(tmp_path, 9, clips=3, data="xyz") as checkpoints,
+        pytest.raises(UserError, match=r"from other training data \(fingerprint abc, not xyz\)"),
+    ):
+        checkpoints.restore(ABSTRACT, ABSTRACT, data())
+
+
+@pytest.mark.parametrize(
+    "name", ["run[1]", "a\\b", "a#b?c%20d|e", "two\nlines", os.fsdecode(b"caf\xe9")], ids=ascii
+)
+def test_any_folder_name_goes_on(tmp_path, name):
+    assert restore(save(tmp_path / name, (2, 4))) == 4
+    assert saved_steps(tmp_path / name) == [2, 4]
