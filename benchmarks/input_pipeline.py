@@ -5,6 +5,9 @@ Clips have LJSpeech's lengths: 1.1 to 10.1 s, 6.6 s on average, 15 letters a sec
 records are written by TFDS; larger sets are copies of those files under one index, so that files,
 index and reads are those of a large set. Needs 1 GB of disk for a million records, freed at the
 end. Tokens are those of clips, without padding.
+
+Then how long a training loop waits for `next(data)` where it asks for a batch every --step seconds:
+with the thread that makes batches ahead, and without, in turn.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from llasa_jax.speech.prompts import Prompter  # noqa: E402
 
 SHAPE = BatchShape(accumulation=1, rows=16, length=2048)
 MUST_REACH = 300_000
+AHEAD = 16  # as the training loop
 WRITTEN_AT_MOST = 100_000
 
 
@@ -94,6 +98,21 @@ def measure(folder: Path, prompter: Prompter, seconds: float) -> dict:
     }
 
 
+def waits(folder: Path, prompter: Prompter, ahead: int, step: float, count: int) -> np.ndarray:
+    """Seconds waited for each of some batches, after the first, with `step` seconds between."""
+    records = open_utterances(folder, "train")
+    data = iter(batches([Source(records, prompter)], SHAPE, seed=0, ahead=ahead))
+    next(data)
+    waited = []
+    for _ in range(count):
+        time.sleep(step)  # the devices are at a step
+        began = time.perf_counter()
+        next(data)
+        waited.append(time.perf_counter() - began)
+    data.close()
+    return np.array(waited)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,6 +124,8 @@ def main() -> None:
         default=15.0,
         help="how long each is measured, three times over; the median counts",
     )
+    parser.add_argument("--step", type=float, default=0.25, help="seconds of a training step")
+    parser.add_argument("--steps", type=int, default=60, help="how many batches are waited for")
     args = parser.parse_args()
     prompter = Prompter(make_tiny_tokenizer())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -141,6 +162,10 @@ def main() -> None:
         runs = [
             [measure(folder, prompter, args.seconds / 3) for folder in folders] for _ in range(3)
         ]
+        waited = {
+            ahead: waits(folders[-1], prompter, ahead, args.step, args.steps)
+            for ahead in (0, AHEAD)
+        }
     medians = [sorted(same, key=lambda run: run["rate"])[1] for same in zip(*runs, strict=True)]
     for run in medians:
         print(
@@ -154,6 +179,12 @@ def main() -> None:
         f"load after: {os.getloadavg()[0]:.1f}; slowest: {slowest:,.0f} tokens/s,"
         f" {slowest / MUST_REACH:.2f}x the {MUST_REACH:,} asked for"
     )
+    print(f"waits for next(data), {args.steps} batches, {args.step * 1000:.0f} ms between them:")
+    for ahead, seconds in waited.items():
+        print(
+            f"  {ahead or 'no':>2} batches ahead: {seconds.sum() * 1000:7.0f} ms in all, longest"
+            f" {seconds.max() * 1000:.0f} ms, {(seconds > 0.05).sum()} above 50 ms"
+        )
 
 
 if __name__ == "__main__":

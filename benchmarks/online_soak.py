@@ -30,7 +30,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARAL
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests/fixtures")]
 
-from llasa_jax.runtime.stop_signal import CommandSignal  # noqa: E402
+from llasa_jax.runtime.signals import CommandSignal  # noqa: E402
 
 if __name__ == "__main__" and "--train" in sys.argv:
     CommandSignal().__enter__()  # like `llasa-jax train`, before anything large is imported

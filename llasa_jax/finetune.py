@@ -1,5 +1,7 @@
-"""Finetuning, in the order in which it happens: settings, hosts, adapter, records, codec, checks,
-training.
+"""Finetuning, in the order in which it happens: settings, hosts, sources, checks, model and
+tokenizer, encoder, loop.
+
+Whatever can refuse a run does so before anything large is loaded.
 """
 
 import dataclasses
@@ -20,8 +22,9 @@ from llasa_jax.model.settings import LoraSettings
 from llasa_jax.plan.memory import out_of_memory_explained
 from llasa_jax.runtime import hosts
 from llasa_jax.runtime.files import folder_digest
-from llasa_jax.runtime.stop_signal import StopSignal
-from llasa_jax.train import loop
+from llasa_jax.runtime.signals import StopSignal
+from llasa_jax.train import loop, prepare
+from llasa_jax.train.run_folder import flat
 from llasa_jax.train.settings import Settings
 
 # Settings that change nothing that the hosts must do together: they concern one host's own work.
@@ -36,20 +39,23 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
     """Trains as `settings` say, or goes on where the run in `settings.out` stopped. Returns the
     run's folder.
 
-    `stop` listens to SIGINT and SIGTERM. Raises UserError on what cannot work.
+    `stop` is an active signal handler. Raises UserError on what cannot work, and SystemExit of 128
+    plus its number after a signal.
     """
     with hosts.together():
         join_hosts(settings, stop)
         settings, adapter = begin_with(settings)
+        # Sources: opened once, for the checks and for training.
         records, validation = open_sources(settings.sources, settings.data.online)
+        # Checks: what the hosts see, what the data says, what model, mesh and data say together.
         compare_hosts(settings, records)
+        examine_before_training(settings, (records, validation))
+        job = prepare.prepare(settings, records, validation)
+        # The codec of online training, and the readers of its audio.
         encoder = open_encoder(settings.data.online, records, validation, out=settings.out)
         codec = codec_of(settings.sources, encoder and encoder.codec)
-        examine_before_training(settings)
         with out_of_memory_explained(settings):
-            return loop.train(
-                settings, records, validation, codec, adapter=adapter, encoder=encoder, stop=stop
-            )
+            return loop.run(job, codec, adapter=adapter, encoder=encoder, stop=stop)
 
 
 def join_hosts(settings: Settings, stop: StopSignal) -> None:
@@ -96,21 +102,12 @@ def source_digest(path: str) -> str:
     return folder_digest(Path(path))
 
 
-def flat(tree: dict, prefix: str = "") -> dict:
-    """Nested settings as one dict of dotted names."""
-    pairs: dict = {}
-    for key, value in tree.items():
-        named = isinstance(value, dict)
-        pairs |= flat(value, f"{prefix}{key}.") if named else {prefix + key: value}
-    return pairs
-
-
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
-    """The settings with those of the adapter in `lora.init`, and that adapter; just the settings
+    """The settings with those of the adapter in `lora.init`, and that adapter; None in its place
     where none is named.
 
     Rank, alpha, targets and the like are the adapter's, and need not be given. UserError where they
-    are and differ, and where the run to go on with has lost its base.
+    are given and differ, and where the run to go on with has lost its base.
     """
     lora, base, run = settings.lora, Path(settings.model.path), Path(settings.out)
     if saved_steps(run) and lora.rank:
@@ -118,17 +115,17 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
     if not lora.init:
         return settings, None
     adapter = open_adapter(Path(lora.init), base)
-    its = adapter.config
-    tokens = load_tokenizer(base).convert_ids_to_tokens(list(its.rows))
-    told = {
-        "rank": its.rank,
-        "alpha": its.alpha,
-        "targets": list(its.targets),
-        "rslora": its.rslora,
-        "train_also": [*its.modules, *tokens],
+    config = adapter.config
+    tokens = load_tokenizer(base).convert_ids_to_tokens(list(config.rows))
+    fixed = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "targets": list(config.targets),
+        "rslora": config.rslora,
+        "train_also": [*config.modules, *tokens],
     }
     default = LoraSettings()
-    for name, value in told.items():
+    for name, value in fixed.items():
         given = getattr(lora, name)
         same = sorted(given) == sorted(value) if isinstance(value, list) else given == value
         if not same and given != getattr(default, name):
@@ -136,4 +133,4 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
                 f"lora.{name} is {given}, but the adapter in {lora.init} has {value}; leave"
                 f" lora.{name} out to go on from it"
             )
-    return dataclasses.replace(settings, lora=dataclasses.replace(lora, **told)), adapter
+    return dataclasses.replace(settings, lora=dataclasses.replace(lora, **fixed)), adapter

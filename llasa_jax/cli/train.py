@@ -5,7 +5,7 @@ import re
 
 from llasa_jax.cli.arguments import add_command
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.stop_signal import CommandSignal
+from llasa_jax.runtime.signals import CommandSignal
 
 
 def train(args) -> None:

@@ -16,7 +16,7 @@ import grain
 from llasa_jax.data.batching import BatchShape, Planned, Source, fill, plan
 from llasa_jax.encode.encoder import READING, Encoder
 from llasa_jax.encode.planned import PlannedClip
-from llasa_jax.runtime.leave import UNINTERRUPTIBLE
+from llasa_jax.runtime.signals import UNINTERRUPTIBLE
 
 POLL = 0.1  # seconds between looks at whether to stop
 ADVISED_AFTER = 20  # steps

@@ -5,10 +5,10 @@ Each check returns findings; those that are ok say what was examined, so that si
 for health.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from llasa_jax.codec import Codec
@@ -24,6 +24,7 @@ from llasa_jax.inspect.model_checks import check_codec, check_tokenizer
 from llasa_jax.inspect.record_checks import check_scans
 from llasa_jax.inspect.scan import check_sample, scan
 from llasa_jax.speech.prompts import Prompter
+from llasa_jax.train.progress import say
 from llasa_jax.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,17 +34,22 @@ QUICK = 2_000  # records of each split that are examined before training: about 
 THOROUGH = 200_000  # and by the command: minutes
 HEADERS = 500  # of audio files: a second on a local disk
 
+# Training and validation records of each source, as `open_sources` gives them.
+Opened = tuple[Sequence[Sequence], Sequence[Sequence | None]]
+
 
 def doctor(
     settings: Settings,
     codec: str | Path | Codec | None = None,
     device: str = "cpu",
     sample: int = THOROUGH,
+    opened: Opened | None = None,
 ) -> list[Finding]:
     """Examines what `train` would train on, at most `sample` records of each split.
 
     `codec`, a loaded one or a name for `load_codec(codec, device)`, is examined too if given.
-    Raises UserError for a `sample` below 1 only; any other error of the user is a finding.
+    `opened` are the datasets, where they are open already. Raises UserError for a `sample` below 1
+    only; any other error of the user is a finding.
     """
     check_sample(sample)
     findings: list[Finding] = []
@@ -59,23 +65,29 @@ def doctor(
             codec_of(settings.sources)
         except UserError as error:
             findings.append(Finding("bad", "codec", str(error)))
-    for source in settings.sources:
+    for i, source in enumerate(settings.sources):
+        splits: dict[str, Sequence | None] = {}
+        if opened:
+            splits = {source.validation_split: opened[1][i], source.split: opened[0][i]}
         if source.mode == "online":
-            findings += _examine_audio(source, settings.data, tokenizer)
+            findings += _examine_audio(source, settings.data, tokenizer, splits)
         elif source.prompt is None or source.prompt.task != "chat":
-            findings += _examine_source(source, settings.data, tokenizer, codec, device, sample)
+            findings += _examine_source(
+                source, settings.data, tokenizer, codec, device, sample, splits
+            )
     return findings
 
 
-def examine_before_training(settings: Settings) -> None:
-    """The quick part: prints what is not ok in a sample of the records. UserError if something is
-    bad and data.doctor is "stop".
+def examine_before_training(settings: Settings, opened: Opened | None = None) -> None:
+    """The quick part, on the datasets as `open_sources` gives them: prints what is not ok in a
+    sample of the records. UserError if something is bad and data.doctor is "stop".
     """
     if settings.data.doctor == "off":
         return
-    findings = [finding for finding in doctor(settings, sample=QUICK) if finding.severity != "ok"]
-    for finding in findings if jax.process_index() == 0 else ():
-        print(f"doctor: {finding}")
+    every = doctor(settings, sample=QUICK, opened=opened)
+    findings = [finding for finding in every if finding.severity != "ok"]
+    for finding in findings:
+        say(f"doctor: {finding}")
     bad = [finding for finding in findings if finding.severity == "bad"]
     if bad and settings.data.doctor == "stop":
         fix = f"; {bad[0].fix}" if bad[0].fix else ""
@@ -83,13 +95,16 @@ def examine_before_training(settings: Settings) -> None:
 
 
 def _examine_audio(
-    source: SourceSettings, data: DataSettings, tokenizer: "PreTrainedTokenizerBase | None"
+    source: SourceSettings,
+    data: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    opened: dict[str, Sequence | None],
 ) -> list[Finding]:
     """A source that is encoded while training, so that it has no codes yet: its texts, and the
     headers of some of its audio.
     """
     try:
-        (clips,), _ = open_sources([source], data.online)
+        clips = opened.get(source.split) or open_sources([source], data.online)[0][0]
         examined = [clips[int(i)] for i in np.linspace(0, len(clips) - 1, min(len(clips), HEADERS))]
         readable = [clip for clip in examined if clip is not None]
         if tokenizer:
@@ -119,6 +134,7 @@ def _examine_source(
     codec: str | Path | Codec | None,
     device: str,
     sample: int,
+    opened: dict[str, Sequence | None],
 ) -> list[Finding]:
     """One dataset of codes: its records, and the codec that made them."""
     findings, scans = [], {}
@@ -129,7 +145,8 @@ def _examine_source(
         findings.append(Finding("bad", "tokenizer", str(error)))
     for split in dict.fromkeys(filter(None, (source.split, source.validation_split))):
         try:
-            scans[split] = scan(open_utterances(source.path, split), sample, prompter)
+            records = opened.get(split) or open_utterances(source.path, split)
+            scans[split] = scan(records, sample, prompter)
         except UserError as error:
             findings.append(Finding("bad", "split", str(error)))
     if not scans:

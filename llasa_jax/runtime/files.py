@@ -60,7 +60,8 @@ def explain(error: BaseException, path: str | os.PathLike | None = None) -> str 
         number = error.errno
     else:
         return None
-    name = getattr(error, "filename", None)
+    # Of a rename, what is in the way is its destination.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     name = os.fsdecode(name) if isinstance(name, str | bytes) else path
     where = shortened(os.fspath(name)) if name is not None else "the file"
     if number not in EXPLANATIONS:

@@ -23,7 +23,7 @@ from llasa_jax.runtime.channel import LINGER, Channel
 from llasa_jax.runtime.files import explain
 
 if TYPE_CHECKING:
-    from llasa_jax.runtime.stop_signal import StopSignal
+    from llasa_jax.runtime.signals import StopSignal
 
 FAILED = 1000  # above every signal
 # Seconds in which a failure may turn out to be the consequence of another host's: when one dies,

@@ -1,42 +1,35 @@
-"""The training loop, in the order in which it happens."""
+"""The training loop: the next batch, a step, and what is due after it."""
 
-import dataclasses
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llasa_jax.convert import model_folder
-from llasa_jax.data.batching import BatchShape, Source, batches, measure, sources_of
+from llasa_jax.data.batching import Source, batches
 from llasa_jax.encode.encoder import Encoder
 from llasa_jax.encode.online import OnlineBatches
 from llasa_jax.errors import UserError
-from llasa_jax.model.lora import Adapter, adapter_config, count, join, new_adapters, place, split
-from llasa_jax.model.sharding import make_mesh
+from llasa_jax.model.lora import Adapter, join
 from llasa_jax.runtime import hosts
-from llasa_jax.runtime.leave import unless
-from llasa_jax.runtime.stop_signal import StopSignal
-from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
-from llasa_jax.speech.vocab import NUM_CODES
+from llasa_jax.runtime.signals import StopSignal, unless
 from llasa_jax.train import run_folder
-from llasa_jax.train.alarm import LossAlarm
 from llasa_jax.train.checkpoints import Checkpoints
 from llasa_jax.train.metrics import Metrics
-from llasa_jax.train.offload import check_host_memory
-from llasa_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from llasa_jax.train.profiler import Profiler
-from llasa_jax.train.progress import Progress, say
+from llasa_jax.train.optimizer import learning_rate_schedule
+from llasa_jax.train.prepare import Job, Records, prepare
+from llasa_jax.train.progress import LossAlarm, Progress, Throughput, on_host, say
 from llasa_jax.train.samples import Samples
 from llasa_jax.train.settings import Settings
-from llasa_jax.train.step import TrainStep
-from llasa_jax.train.throughput import Throughput
+from llasa_jax.train.state import TrainState, begin
 
-Records = Sequence[Utterance] | Sequence[Conversation]
+AHEAD = 16  # batches made before they are asked for: more than one window of clips fills
 
 
 def train(
@@ -49,258 +42,209 @@ def train(
     encoder: Encoder | None = None,
     stop: StopSignal | None = None,
 ) -> Path:
-    """Finetunes `settings.model.path` on `records`, or goes on where the run in `settings.out`
-    stopped. Returns the run's folder.
+    """`prepare` and `run` in one."""
+    job = prepare(settings, records, validation)
+    return run(job, codec, adapter=adapter, encoder=encoder, stop=stop)
 
-    `records` are those of each of `settings.sources`, in order, and so is `validation`, None for a
-    source that has none. `codec`, the `codec` and `fingerprint` of what made their codes, is kept
-    with the run. `adapter` is what a LoRA run begins with, if not a new one, `encoder` makes the
-    codes of records that are `PlannedClips`. Ctrl-C and SIGTERM save a checkpoint and stop with
-    status 130 or 143; `stop` is what listens to them already, `at_once` so far. Raises UserError on
-    settings that cannot work, on a full disk, and on a loss that is no number.
+
+def run(
+    job: Job,
+    codec: dict[str, str] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    encoder: Encoder | None = None,
+    stop: StopSignal | None = None,
+) -> Path:
+    """Trains, or goes on where the run in `settings.out` stopped. Returns the run's folder.
+
+    `codec`, the `codec` and `fingerprint` of what made the codes, is kept with the run. `adapter`
+    is what a LoRA run begins with, if not a new one; `encoder` makes the codes of records that are
+    `PlannedClips`. A signal saves a checkpoint and ends with SystemExit of 128 + its number; `stop`
+    is an active signal handler, which until the first step ends the process at once. Raises
+    UserError on a full disk, and on a loss that is not finite.
     """
-    # What is asked for, and whether it can be done
-    run, source = Path(settings.out), Path(settings.model.path)
-    config, origin = model_folder.read_description(source)
-    if "lora" in origin:
-        raise UserError(
-            f"{source} is a LoRA run; merge it (`export-hf --lora merge`, then `import-hf`), or go"
-            " on from it with lora.init"
-        )
-    mesh = make_mesh(
-        settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices
-    )
-    tokenizer = model_folder.load_tokenizer(source)
-    sources = sources_of(settings.sources, tokenizer, records)
-    held_out = [
-        Source(its, each.prompter)
-        for its, each in zip(validation, sources, strict=False)
-        if its is not None
-    ]
-    vocab = sources[0].prompter.vocab
-    if vocab.size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {source} has {vocab.size} tokens but the model only"
-            f" {config.vocab_size}; they are no pair"
-        )
-    shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if shape.rows % row_devices:
-        raise UserError(
-            f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices};"
-            " choose a multiple of it"
-        )
-    if settings.train.keep_best and not held_out:
-        raise UserError(
-            "train.keep_best needs a validation loss; name a split in data.validation_split, or"
-            " leave it at 0"
-        )
-    pipeline = settings.packing
-    fit = measure(sources, shape.length, **pipeline)
-    steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
-    say(f"an epoch: {fit} ({settings.data.too_long})")
-    if len(sources) > 1:
-        say(
-            "its tokens: "
-            + ", ".join(
-                f"{share:.1%} {each.path}"
-                for share, each in zip(fit.shares, settings.sources, strict=True)
-            )
-        )
-    say(
-        f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)}"
-        f" {mesh.devices.flat[0].platform} devices"
-    )
-    samples = (
-        Samples(run, settings.log, Prompter(tokenizer, settings.voice))
-        if settings.log.samples
-        else None
-    )
-    profiler = Profiler(run, settings.profile.steps, steps)
-
-    code_ids = range(vocab.code_base, vocab.code_base + NUM_CODES)
-    check_host_memory(settings, mesh)
-    adapters = adapter_config(settings.lora, config, tokenizer.get_vocab())
-    kept = {
-        "frozen_dtype": settings.lora.frozen_dtype,
-        "quantization": settings.lora.quantize,
-        "offload": settings.optimizer.offload,
-    }
-    options = {"adapters": adapters, "seed": settings.train.seed} | kept
-    step_functions = TrainStep(
-        config, settings.model, make_optimizer(settings.optimizer, steps), mesh, code_ids, **options
-    )
-    pipeline["process"] = (jax.process_index(), jax.process_count())
-
-    with run_folder.claimed(run, settings, codec, adapters), encoder or nullcontext():
-        # The data, whose codes are there or are made while training
+    settings, functions = job.settings, job.functions
+    pipeline = settings.packing | {"process": (jax.process_index(), jax.process_count())}
+    held_out: Sequence[Source] = job.held_out
+    with (
+        run_folder.claimed(job.run, settings, codec, functions.adapters),
+        encoder or nullcontext(),
+    ):
         if encoder:
-            encoder.skipped.list_in(
-                run / (f"bad.{jax.process_index()}.jsonl" if jax.process_index() else "bad.jsonl")
-            )
-            if held_out:
-                say("the validation clips are encoded first")
-            held_out = encoder.held_out(held_out, pipeline["process"])
-        data = (
-            OnlineBatches(encoder, sources, shape, **pipeline)
-            if encoder
-            else iter(batches(sources, shape, **pipeline))
-        )
-
-        # The state, new or gone back to
-        frozen, base = {}, None
-        if adapters:
-            frozen, trainable, base = _begin_lora(source, step_functions, adapter)
-        checkpoints = Checkpoints(
-            run,
-            settings.train.keep,
-            settings.train.keep_best,
-            clips=sum(map(len, records)),
-            base=base,
-        )
-        restored = checkpoints.restore(step_functions.trainable, step_functions.opt_state, data)
-        if restored:
-            start, trainable, opt_state = restored
-            say(f"going on after step {start}")
-        else:
-            start, trainable = (
-                0,
-                (
-                    trainable
-                    if adapters
-                    else model_folder.restore_params(source, step_functions.trainable)
-                ),
-            )
-            opt_state = step_functions.init(trainable)
-
-        validate = (
-            step_functions.compile_validation(*dataclasses.astuple(shape)) if held_out else None
-        )
-
-        # The steps
-        step = start
-        with (
-            nullcontext(stop) if stop else StopSignal() as stop,
-            checkpoints,
-            profiler,
-            Metrics(run, settings.log, start) as metrics,
-        ):
-            throughput = Throughput(config, list(mesh.devices.flat), adapters)
-            schedule = learning_rate_schedule(settings.optimizer, steps)
-            alarm = LossAlarm(config.vocab_size)
-            progress = Progress(
-                metrics,
-                throughput,
-                alarm,
-                schedule,
-                settings.log.every,
-                steps,
-                data if encoder else None,
-            )
-            while step < steps:
-                # The next batch goes to the devices while they are at the step before; only then
-                # must the hosts wait for each other.
-                place, placed = data.get_state(), None
-                with throughput.waiting(progress.computing):
-                    failed = encoder is not None and not data.wait(lambda: stop.received)
-                    if not failed and not stop.received:
-                        batch = next(data)
-                        placed = _place(batch, step_functions.batch_sharding)
-                if hosts.stopped(stop, failed):
-                    data.set_state(place)
-                    break
-                if failed:
-                    next(data)  # raises what ended the thread
-                step += 1
-                profiler.before(step, trainable)
-                trainable, opt_state, numbers = step_functions.train(
-                    frozen, trainable, opt_state, placed
-                )
-                stop.at_once = False
-                progress.add(step, numbers, shape.tokens)
-                checkpoints.check()
-
-                # What comes due between steps; on a signal only what must be, for the time is short
-                last, validation_loss = step == steps, None
-                often = (
-                    settings.train.save_every,
-                    settings.train.validate_every,
-                    settings.log.samples_every,
-                )
-                save, look, speak = (last or step % every == 0 for every in often)
-                if not (save or look or speak):
-                    continue
-                progress.settle()
-                with throughput.pause():
-                    if held_out and (look or (save and settings.train.keep_best)):
-                        unseen = hosts.evenly(
-                            batches(held_out, shape, **pipeline, repeat=False),
-                            jax.tree.map(np.zeros_like, batch),
-                        )
-                        score = partial(validate, frozen, trainable)
-                        validation_loss = _validate(
-                            step, score, unseen, step_functions.batch_sharding, metrics, stop
-                        )
-                    if save:
-                        checkpoints.save(step, trainable, opt_state, data, validation_loss)
-                    if samples and speak and not stop.received:
-                        params = join(frozen, trainable)
-                        waves = unless(
-                            lambda: stop.received,
-                            partial(samples.speak, step_functions.graphdef, params),
-                        )
-                        samples.write(step, waves or {}, metrics)
-            if stop.received and step:
-                progress.settle()
-                checkpoints.save(step, trainable, opt_state, data)
-        stop.at_once = not hosts.stopped(stop)
-        if encoder and not stop.received:
-            encoder.finish()
-        if best := checkpoints.best():
-            say(
-                "the best checkpoint is that of step {}, with a validation loss of {:.4f}".format(
-                    *best
-                )
-            )
+            held_out = _encoded(held_out, encoder, job.run)
+        # Closed at the end: a thread makes batches ahead.
+        with closing(_batches(job, encoder, pipeline)) as data:
+            state, checkpoints = begin(job, adapter, data)
+            with (
+                nullcontext(stop) if stop else StopSignal() as stop,
+                checkpoints,
+                job.profiler,
+                Metrics(job.run, settings.log, state.step) as metrics,
+            ):
+                loop = Loop(job, state, data, held_out, pipeline, checkpoints, metrics, stop)
+                loop.run()
+                stop.at_once = not hosts.stopped(stop)
+                if encoder and not stop.received:
+                    encoder.finish()
+                if best := checkpoints.best():
+                    say(
+                        "the best checkpoint is that of step {}, with a validation loss of"
+                        " {:.4f}".format(*best)
+                    )
     if stop.received:
         where = (
-            f"after step {step}, which is saved; the same command goes on from there"
-            if step
+            f"after step {state.step}, which is saved; the same command goes on from there"
+            if state.step
             else "before the first step"
         )
         say(f"stopped by {signal.Signals(stop.received).name} {where}")
         raise SystemExit(128 + stop.received)
-    say(f"done: {run}")
-    return run
+    say(f"done: {job.run}")
+    return job.run
 
 
-def _begin_lora(
-    source: Path, step_functions: TrainStep, adapter: Adapter | None
-) -> tuple[dict, dict, tuple[Path, str]]:
-    """The frozen and the trainable parameters before any training, and what tells the base from
-    other models.
-    """
-    adapters, wanted = step_functions.adapters, step_functions.trainable
-    base = {
-        name: leaf
-        for name, leaf in join(step_functions.frozen, wanted).items()
-        if name not in ("lora", "rows")
-    }
-    params = model_folder.restore_params(source, base)
-    frozen, trainable = split(params, adapters)
-    trainable |= new_adapters(params, wanted, adapters, step_functions.seed)
-    if adapter:
-        trainable = join(trainable, place(adapter.params, wanted))
-    say(
-        "{:,} trained parameters beside {:,} frozen ones".format(
-            *count(step_functions.config, adapters)
+class Loop:
+    """Runs the steps from `state` on, and changes it."""
+
+    def __init__(
+        self,
+        job: Job,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        held_out: Sequence[Source],
+        pipeline: dict,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        stop: StopSignal,
+    ):
+        settings, functions = job.settings, job.functions
+        self.job, self.state, self.data, self.stop = job, state, data, stop
+        self.held_out, self.pipeline = held_out, pipeline
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.online = data if isinstance(data, OnlineBatches) else None
+        self.validate = functions.compile_validation(*astuple(job.shape)) if held_out else None
+        self.throughput = Throughput(
+            functions.config, list(functions.mesh.devices.flat), functions.adapters
         )
-    )
-    return (
-        frozen,
-        trainable,
-        (source, model_folder.open_model(source).fingerprint()),
-    )
+        self.progress = Progress(
+            metrics,
+            self.throughput,
+            LossAlarm(functions.config.vocab_size),
+            on_host(learning_rate_schedule(settings.optimizer, job.steps)),
+            settings.log.every,
+            job.steps,
+            self.online,
+        )
+
+    def run(self) -> None:
+        while self.state.step < self.job.steps:
+            batch = self.next_batch()
+            if batch is None:
+                break
+            self.step(batch)
+            self.checkpoints.check()
+            self.due()
+        if self.stop.received and self.state.step:
+            self.progress.settle()
+            self.save()
+
+    def next_batch(self) -> dict[str, jax.Array] | None:
+        """The next batch, on the devices; None after a signal, with the data back at its place."""
+        place, batch, failed = self.data.get_state(), None, False
+        # It goes to the devices while they compute the step before: nothing here waits for them.
+        with self.throughput.waiting(self.progress.computing), jax.transfer_guard("disallow"):
+            if self.online:
+                failed = not self.online.wait(lambda: self.stop.received)
+            if not failed and not self.stop.received:
+                batch = _place(next(self.data), self.job.functions.batch_sharding)
+        # Only now do the hosts wait for each other, each with its batch: a step that one host does
+        # not take would hang all others.
+        if hosts.stopped(self.stop, failed):
+            self.data.set_state(place)
+            return None
+        if failed:
+            next(self.data)  # raises what ended its thread
+        return batch
+
+    def step(self, batch: dict[str, jax.Array]) -> None:
+        """Starts a step on the devices, and settles the numbers of the one before."""
+        state, functions = self.state, self.job.functions
+        state.step += 1
+        with jax.transfer_guard("disallow"):
+            self.job.profiler.before(state.step, state.trainable)
+            state.trainable, state.opt_state, numbers = functions.train(
+                state.frozen, state.trainable, state.opt_state, batch
+            )
+            self.stop.at_once = False  # from here on there is something to save
+            self.progress.add(state.step, numbers, self.job.shape.tokens)
+
+    def due(self) -> None:
+        """Validation, checkpoint and samples, at the steps that ask for them and at the last."""
+        step, settings = self.state.step, self.job.settings
+        save, look, speak = (
+            step == self.job.steps or step % every == 0
+            for every in (
+                settings.train.save_every,
+                settings.train.validate_every,
+                settings.log.samples_every,
+            )
+        )
+        if not (save or look or speak):
+            return
+        self.progress.settle()
+        with self.throughput.pause():
+            loss = None
+            if self.validate and (look or (save and settings.train.keep_best)):
+                loss = self.score(self.validate)
+            if save:
+                self.save(loss)
+            # After a signal only what must be: the time is short.
+            if self.job.samples and speak and not self.stop.received:
+                self.speak(self.job.samples)
+
+    def score(self, validate: Callable) -> float | None:
+        """The validation loss, nats a target; None where a signal ended it."""
+        state, shape = self.state, self.job.shape
+        here = (shape.accumulation, shape.rows // jax.process_count(), shape.length)
+        empty = {name: np.zeros(here, dtype) for name, dtype in self.job.functions.BATCH.items()}
+        every = batches(self.held_out, shape, **self.pipeline, repeat=False)
+        return _validate(
+            state.step,
+            partial(validate, state.frozen, state.trainable),
+            hosts.evenly(every, empty),
+            self.job.functions.batch_sharding,
+            self.metrics,
+            self.stop,
+        )
+
+    def save(self, validation_loss: float | None = None) -> None:
+        state = self.state
+        self.checkpoints.save(
+            state.step, state.trainable, state.opt_state, self.data, validation_loss
+        )
+
+    def speak(self, samples: Samples) -> None:
+        """Speaks the texts of `log.samples`."""
+        params = join(self.state.frozen, self.state.trainable)
+        say_all = partial(samples.speak, self.job.functions.graphdef, params)
+        waves = unless(lambda: self.stop.received, say_all)
+        samples.write(self.state.step, waves or {}, self.metrics)
+
+
+def _encoded(held_out: Sequence[Source], encoder: Encoder, run: Path) -> Sequence[Source]:
+    """The validation data with their codes, made now."""
+    index = jax.process_index()
+    encoder.skipped.list_in(run / (f"bad.{index}.jsonl" if index else "bad.jsonl"))
+    if held_out:
+        say("the validation clips are encoded first")
+    return encoder.held_out(held_out, (index, jax.process_count()))
+
+
+def _batches(job: Job, encoder: Encoder | None, pipeline: dict) -> grain.DatasetIterator:
+    """The training batches, whose codes are there or are made while training."""
+    if encoder:
+        return OnlineBatches(encoder, job.sources, job.shape, **pipeline)
+    return iter(batches(job.sources, job.shape, ahead=AHEAD, **pipeline))
 
 
 def _validate(
@@ -311,14 +255,14 @@ def _validate(
     metrics: Metrics,
     stop: StopSignal,
 ) -> float | None:
-    """Tells the loss and accuracy over the whole validation split. Returns the loss, nats a target,
-    or None where a signal ended it.
+    """Writes the loss and accuracy over the whole validation split. Returns the loss, nats a
+    target, or None where a signal ended it.
     """
     sums: dict[str, float] = {}
     for batch in held_out:
         if hosts.stopped(stop):
             return None
-        for name, value in score(_place(batch, sharding)).items():
+        for name, value in jax.device_get(score(_place(batch, sharding))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
         raise UserError(
@@ -338,14 +282,14 @@ def _validate(
             f"validation_{name}_accuracy": sums[name] / sums["codes"]
             for name in ("code_top1", "code_top10")
         }
-        line += "  of codes {:.1%}, among the ten likeliest {:.1%}".format(*codes.values())
+        line += "  of codes {:.1%}, in the top ten {:.1%}".format(*codes.values())
         result |= codes
     metrics.write(step, result)
     say(line)
     return result["validation_loss"]
 
 
-def _place(batch: dict, sharding: NamedSharding) -> dict:
+def _place(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()

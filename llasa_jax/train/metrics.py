@@ -20,7 +20,7 @@ class Metrics:
     """Writes numbers by step into a run's folder. Lines after `last_step`, left by a run that was
     cut off, are removed first.
 
-    What cannot be written is told once, and training goes on: a checkpoint is worth more than a
+    What cannot be written is reported once, and training goes on: a checkpoint is worth more than a
     line.
     """
 

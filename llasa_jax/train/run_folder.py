@@ -6,18 +6,22 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import yaml
 
 from llasa_jax.convert import model_folder
+from llasa_jax.data.settings import SourceSettings
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import AdapterConfig
 from llasa_jax.runtime.files import explain, is_partial, read_yaml, take_lock, write_whole
 from llasa_jax.runtime.settings import may_change
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.train.settings import Settings
 
 SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
+BEGUN_WITH = "begun_with"  # in `model.json`: the fingerprint of the model that a run began with
 
 
 @contextmanager
@@ -32,11 +36,10 @@ def claimed(
 
     `codec` says what made the training codes: it is kept in `model.json`, beside the prompt to
     generate with and a LoRA run's `adapters`. UserError where another process trains there, where
-    the folder holds something else, and (at any time inside) where its disk is full.
+    the folder holds something else, and (at any time inside) where it cannot be read or written.
     """
     try:
-        wanted = dataclasses.asdict(settings)
-        _check(run, wanted)
+        _check(run, settings, codec)
         if jax.process_index():
             yield
             return
@@ -48,40 +51,51 @@ def claimed(
                     f"another process is training in {run}; wait for its end or stop it, or choose"
                     " another out folder"
                 )
-            write_whole(run / SETTINGS_FILE, yaml.safe_dump(wanted, sort_keys=False))
-            source = Path(settings.model.path)
-            config, origin = model_folder.read_description(source)
-            model_folder.copy_description(source, run)
-            kept = {"prompt": dataclasses.asdict(settings.voice)} | (
-                {"codec": codec} if codec else {}
-            )
-            if adapters:
-                its = {"adapters": dataclasses.asdict(adapters), "quantize": settings.lora.quantize}
-                # A hub id stays what it is.
-                base = source.absolute() if source.exists() else source
-                kept["lora"] = {"base": str(base)} | its
-            model_folder.write_description(run, config, origin | kept)
+            values = _plain(dataclasses.asdict(settings))
+            write_whole(run / SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False))
+            _describe(run, settings, codec, adapters)
             yield
     except OSError as error:
         raise UserError(explain(error, run)) from error
 
 
-def _check(run: Path, wanted: dict) -> None:
+def _describe(
+    run: Path, settings: Settings, codec: dict | None, adapters: AdapterConfig | None
+) -> None:
+    """Makes the folder a model's (see `model_folder`), with the tokenizer and `model.json`."""
+    source = Path(settings.model.path)
+    model = model_folder.open_model(source)
+    model_folder.copy_description(source, run)
+    origin = model.origin | {"prompt": dataclasses.asdict(settings.voice)}
+    if not model.is_hf:
+        origin[BEGUN_WITH] = model.fingerprint()
+    if codec:
+        origin["codec"] = codec
+    if adapters:
+        origin["lora"] = {
+            # The id of a model on the hub stays what it is.
+            "base": str(source.absolute() if source.exists() else source),
+            "adapters": dataclasses.asdict(adapters),
+            "quantize": settings.lora.quantize,
+        }
+    model_folder.write_description(run, model.config, origin)
+
+
+def _check(run: Path, settings: Settings, codec: dict | None) -> None:
     path = run / SETTINGS_FILE
     if path.is_file():
-        fix = "choose another out folder, or restore the file from a copy"
-        before = _flat(read_yaml(path, "the run's settings", fix=fix))
-        changed = [
-            key
-            for key, value in _flat(wanted).items()
-            if before.get(key) != value and key not in may_change(Settings)
-        ]
+        fix = "restore the file from a copy, or choose another out folder"
+        before = read_yaml(path, "the run's settings", fix=fix)
+        if not before:
+            raise UserError(f"{path}: the run's settings are empty; {fix}")
+        changed = changes(before, settings)
         if changed:
             raise UserError(
                 f"the run in {run} was made with other settings"
-                f" ({', '.join(f'{key} was {before.get(key)}' for key in changed)}); set them back"
-                " to go on, or choose another out folder"
+                f" ({', '.join(f'{key} was {value}' for key, value in changed.items())}); set them"
+                " back to go on, or choose another out folder"
             )
+        _check_model(run, settings.model.path, codec or {})
     elif run.is_dir() and any(
         entry.name != LOCK_FILE and not is_partial(entry) for entry in run.iterdir()
     ):
@@ -90,10 +104,84 @@ def _check(run: Path, wanted: dict) -> None:
         )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+def _check_model(run: Path, path: str, codec: dict) -> None:
+    """UserError where a run that has learned something was begun with another model than the one at
+    `path`, a folder or hub id, or with codes of another codec.
+    """
+    if not model_folder.saved_steps(run):
+        return
+    try:
+        config, origin = model_folder.read_description(run)
+    except UserError:
+        return  # it is damaged, and written again from the model
+    model = model_folder.open_model(path, weights=False)
+    files = [folder / "tokenizer.json" for folder in (run / model_folder.HF_FOLDER, model.files)]
+    same = config == model.config
+    if same and all(file.is_file() for file in files):
+        same = files[0].read_bytes() == files[1].read_bytes()
+    if same and not model.is_hf:  # a Hugging Face checkpoint would have to be read whole
+        same = origin.get(BEGUN_WITH) in (None, model.fingerprint())
+    if not same:
+        raise UserError(
+            f"the run in {run} was begun with another model than the one in {path}; set"
+            " model.path to that model or a copy of it, or choose another out folder"
         )
-    return flat
+    before = origin.get("codec") or {}
+    prints = [each.get("fingerprint") for each in (before, codec)]
+    if all(prints) and prints[0] != prints[1]:
+        raise UserError(
+            f"the run in {run} was begun with codes of {before.get('codec')} (fingerprint"
+            f" {prints[0]}), not of {codec.get('codec')} ({prints[1]}); go on with that codec, or"
+            " choose another out folder"
+        )
+
+
+def changes(before: dict, settings: Settings) -> dict:
+    """The settings that may not change but differ from those of a run's `settings.yaml`, with
+    their values of before. A setting that the file lacks is newer than the run: it had its default.
+
+    Paths may change: fingerprints say whether model and data are the same.
+    """
+    old, default, free = flat(before), _defaults(settings), may_change(Settings)
+    changed = {}
+    for key, value in flat(_plain(dataclasses.asdict(settings))).items():
+        name = ".".join(part for part in key.split(".") if not part.isdigit())
+        was = old[key] if key in old else default.get(name)
+        if was != value and name not in free:
+            changed[key] = was
+    return changed
+
+
+def _defaults(settings: Settings) -> dict:
+    """The default of every setting, by its full name; a prompt's depend on its task."""
+    groups = {
+        field.name: field.default_factory()
+        for field in dataclasses.fields(Settings)
+        if field.default_factory is not dataclasses.MISSING
+    }
+    groups["prompt"] = PromptSettings(task=settings.prompt.task).filled()
+    defaults = flat({name: dataclasses.asdict(group) for name, group in groups.items()})
+    return defaults | flat({"data.sources": dataclasses.asdict(SourceSettings())})
+
+
+def _plain(value):
+    """A tree of settings as UTF-8 can hold it: paths may have bytes that are not."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Full names to values; the groups of a list are numbered, and the list is its length."""
+    pairs: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            pairs |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            pairs[prefix + key] = f"{len(value)} entries"
+            pairs |= flat(dict(enumerate(value)), f"{prefix}{key}.")
+        else:
+            pairs[prefix + key] = value
+    return pairs

@@ -130,8 +130,8 @@ class TrainStep:
 
     def _validate(self, frozen, trainable, batch):
         """Sums over a whole batch without gradients, so that many batches average exactly: nats and
-        correct predictions of all targets; of the codes among them, how many are the likeliest
-        token, and among the ten likeliest.
+        correct predictions of all targets; of the codes among them, how many are the top
+        prediction, and among the top ten.
         """
 
         def sums(micro_batch):

@@ -22,6 +22,7 @@ from llasa_jax.encode.offline import encode
 from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.train import loop as train_module
+from llasa_jax.train import prepare
 from llasa_jax.train.settings import parse_settings
 
 STEPS = 7
@@ -87,7 +88,7 @@ def test_stopped_killed_and_gone_on_with(tmp_path, monkeypatch):
 
     # To the end here, on the one device that those processes had.
     monkeypatch.setattr(
-        train_module, "make_mesh", lambda *_, **more: make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        prepare, "make_mesh", lambda *_, **more: make_mesh(1, 1, 1, devices=jax.devices()[:1])
     )
     codec = CountingCodec()
     for arguments in (
@@ -117,7 +118,7 @@ def test_a_thread_inside_pytorch_does_not_spoil_the_end():
     """
     program = """
 import sys, threading, time, torch
-from llasa_jax.runtime.leave import UNINTERRUPTIBLE, leave
+from llasa_jax.runtime.signals import UNINTERRUPTIBLE, leave
 began = threading.Event()
 def work():
     a = torch.eye(1000)

@@ -387,7 +387,8 @@ def test_commands(tmp_path, model, at_hand, capsys, monkeypatch):
     assert main(["doctor", "--config", str(config), "--data.paths=x"]) == 2
 
     trained = []
-    monkeypatch.setattr("llasa_jax.train.loop.train", lambda *given, **_: trained.append(given))
+    monkeypatch.setattr("llasa_jax.train.prepare.prepare", lambda *given: given)
+    monkeypatch.setattr("llasa_jax.train.loop.run", lambda *given, **_: trained.append(given))
     assert main(["train", "--config", str(config), *leaky]) == 2
     assert "the validation loss flatters" in capsys.readouterr().err
     assert not trained

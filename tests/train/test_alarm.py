@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llasa_jax.train.alarm import LossAlarm
+from llasa_jax.train.progress import LossAlarm
 
 VOCAB = 193_800
 

@@ -12,8 +12,8 @@ from llasa_jax.model.flops import model_flops_per_token
 from llasa_jax.model.lora import adapter_config
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.runtime.hardware import GPUS, TPUS, device_of_kind
-from llasa_jax.train import throughput
-from llasa_jax.train.throughput import Throughput
+from llasa_jax.train import progress
+from llasa_jax.train.progress import Throughput
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -49,7 +49,7 @@ class Result:
 
 def test_rates(monkeypatch):
     clock = {"now": 100.0}
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock["now"])
     config = config_of(hf_llama())
     measured = Throughput(config, [device("TPU v5 lite")] * 2)
     assert measured.step_ended(1000, 500, 20.0) == {}
@@ -74,7 +74,7 @@ def test_rates(monkeypatch):
 
 def test_old_steps_are_forgotten(monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock["now"])
     measured = Throughput(config_of(hf_llama()), [device("cpu")])
     for step in range(200):
         clock["now"] += 10 if step < 100 else 1

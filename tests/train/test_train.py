@@ -19,7 +19,7 @@ from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.errors import UserError
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.train import loop as train_module
-from llasa_jax.train import run_folder
+from llasa_jax.train import prepare, run_folder
 from llasa_jax.train.loop import train
 from llasa_jax.train.metrics import Metrics
 
@@ -143,7 +143,7 @@ def test_another_mesh_goes_on_with_the_same_data(
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "6")
     monkeypatch.setattr(
-        train_module,
+        prepare,
         "make_mesh",
         lambda *shape, **more: make_mesh(*shape, **more, devices=jax.devices()[:devices]),
     )
@@ -293,7 +293,7 @@ def test_it_learns_on_where_its_numbers_cannot_be_written(
 
 def test_the_best_is_kept_and_samples_are_spoken(model, clips, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        train_module,
+        prepare,
         "make_mesh",
         lambda *shape, **more: make_mesh(1, 1, 2, devices=jax.devices()[:2]),
     )

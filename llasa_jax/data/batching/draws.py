@@ -2,7 +2,7 @@
 
 The order of all draws is fixed by the seed alone, and of every n consecutive draws each of n hosts
 takes one, so the data is the same on any number of hosts. An epoch is one pass over the first
-source; the others are drawn beside it as often as their weights say, and each is shuffled anew
+source; the others are drawn beside it as often as their weights say, and each is shuffled again
 after every pass. The pipeline is Grain's, so the place in the data is a small state that goes into
 every checkpoint.
 """

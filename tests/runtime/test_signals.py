@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from llasa_jax.runtime.leave import UNINTERRUPTIBLE, unless
-from llasa_jax.runtime.stop_signal import SAME, StopSignal
+from llasa_jax.runtime.signals import SAME, UNINTERRUPTIBLE, StopSignal, unless
 
 # Minutes in C, without the interpreter's lock, as a compilation is: Python's own handlers would
 # wait for its end.
@@ -42,7 +41,7 @@ def ended(program, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_at_once_does_not_wait_for_what_runs(number):
     status, said, _ = ended(
-        "from llasa_jax.runtime.stop_signal import CommandSignal\nwith CommandSignal(): busy()",
+        "from llasa_jax.runtime.signals import CommandSignal\nwith CommandSignal(): busy()",
         number,
     )
     assert status == 128 + number
@@ -51,7 +50,7 @@ def test_at_once_does_not_wait_for_what_runs(number):
 
 def test_later_a_second_signal_ends_it_too():
     program = (
-        "from llasa_jax.runtime.stop_signal import CommandSignal\nwith CommandSignal() as stop:\n  "
+        "from llasa_jax.runtime.signals import CommandSignal\nwith CommandSignal() as stop:\n  "
         "  stop.at_once = False\n    busy()"
     )
     status, said, seconds = ended(program, signal.SIGTERM)
@@ -62,7 +61,7 @@ def test_later_a_second_signal_ends_it_too():
 
 def test_train_is_at_once_from_the_start():
     program = (
-        "from llasa_jax import cli, settings\nsettings.parse_settings ="
+        "from llasa_jax import cli\nfrom llasa_jax.train import settings\nsettings.parse_settings ="
         " busy\nsys.exit(cli.main(['train']))"
     )
     assert ended(program, signal.SIGINT)[0] == 128 + signal.SIGINT

@@ -1,0 +1,165 @@
+"""What is to be trained, and whether it can be: everything that is known before the weights are
+loaded, and that may refuse a run in seconds.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llasa_jax.convert import model_folder
+from llasa_jax.data.batching import BatchShape, Source, measure, sources_of
+from llasa_jax.data.seal import read_seal
+from llasa_jax.errors import UserError
+from llasa_jax.model.lora import adapter_config
+from llasa_jax.model.sharding import make_mesh
+from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
+from llasa_jax.speech.vocab import NUM_CODES
+from llasa_jax.train.offload import check_host_memory
+from llasa_jax.train.optimizer import make_optimizer
+from llasa_jax.train.profiler import Profiler
+from llasa_jax.train.progress import say
+from llasa_jax.train.samples import Samples
+from llasa_jax.train.settings import Settings
+from llasa_jax.train.step import TrainStep
+
+Records = Sequence[Utterance] | Sequence[Conversation]
+LOOKED_AT = 64  # records of a dataset that its fingerprint is made from
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run that can work. `held_out` are the validation data, `clips` and `dataset` the
+    number and the fingerprint of the training records.
+    """
+
+    settings: Settings
+    functions: TrainStep
+    sources: list[Source]
+    held_out: list[Source]
+    shape: BatchShape
+    steps: int
+    clips: int
+    dataset: str
+    samples: Samples | None
+    profiler: Profiler
+
+    @property
+    def run(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def source(self) -> Path:
+        return Path(self.settings.model.path)
+
+
+def prepare(
+    settings: Settings, records: Sequence[Records], validation: Sequence[Records | None] = ()
+) -> Job:
+    """The job that `settings` describe, on `records`, those of each of `settings.sources` in order;
+    so is `validation`, None for a source that has none.
+
+    Says how long an epoch is. Raises UserError on what cannot work.
+    """
+    source = Path(settings.model.path)
+    config, origin = model_folder.read_description(source)
+    if "lora" in origin:
+        raise UserError(
+            f"{source} is a LoRA run; merge it (`export-hf --lora merge`, then `import-hf`), or go"
+            " on from it with lora.init"
+        )
+    mesh = make_mesh(
+        settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, slices=settings.mesh.slices
+    )
+    tokenizer = model_folder.load_tokenizer(source)
+    sources = sources_of(settings.sources, tokenizer, records)
+    held_out = [
+        Source(held, each.prompter)
+        for held, each in zip(validation, sources, strict=False)
+        if held is not None
+    ]
+    vocab = sources[0].prompter.vocab
+    if vocab.size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {source} has {vocab.size} tokens but the model only"
+            f" {config.vocab_size}; the tokenizer does not match the model"
+        )
+    shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
+    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if shape.rows % row_devices:
+        raise UserError(
+            f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices};"
+            " choose a multiple of it"
+        )
+    if settings.train.keep_best and not held_out:
+        raise UserError(
+            "train.keep_best needs a validation loss; name a split in data.validation_split, or"
+            " leave it at 0"
+        )
+
+    fit = measure(sources, shape.length, **settings.packing)
+    steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
+    say(f"an epoch: {fit} ({settings.data.too_long})")
+    if len(sources) > 1:
+        shares = zip(fit.shares, settings.sources, strict=True)
+        say("its tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in shares))
+    say(
+        f"{steps} steps of {shape.tokens} tokens on {dict(mesh.shape)}"
+        f" {mesh.devices.flat[0].platform} devices"
+    )
+
+    check_host_memory(settings, mesh)
+    functions = TrainStep(
+        config,
+        settings.model,
+        make_optimizer(settings.optimizer, steps),
+        mesh,
+        range(vocab.code_base, vocab.code_base + NUM_CODES),
+        adapters=adapter_config(settings.lora, config, tokenizer.get_vocab()),
+        seed=settings.train.seed,
+        frozen_dtype=settings.lora.frozen_dtype,
+        quantization=settings.lora.quantize,
+        offload=settings.optimizer.offload,
+    )
+    profiler = Profiler(Path(settings.out), settings.profile.steps, steps)
+    samples = None
+    if settings.log.samples:  # loads a codec, so it comes last
+        prompter = Prompter(tokenizer, settings.voice)
+        samples = Samples(Path(settings.out), settings.log, prompter)
+    return Job(
+        settings,
+        functions,
+        sources,
+        held_out,
+        shape,
+        steps,
+        clips=sum(map(len, records)),
+        dataset=fingerprint(settings, records),
+        samples=samples,
+        profiler=profiler,
+    )
+
+
+def fingerprint(settings: Settings, datasets: Sequence[Records]) -> str:
+    """What tells training data from others of the same size: a hash of every dataset's own
+    fingerprint, or where it has none of its size and of some records, evenly spread.
+    """
+    found = hashlib.sha256()
+    for source, records in zip(settings.sources, datasets, strict=True):
+        folder = Path(source.path)
+        known = read_seal(folder).get("records") if folder.is_dir() else None
+        found.update(f"{source.split} {len(records)} {known}\n".encode())
+        at = np.linspace(0, len(records) - 1, min(LOOKED_AT, len(records))).astype(int)
+        for record in () if known else (records[int(i)] for i in at):
+            words: object
+            if isinstance(record, Utterance):
+                words = (record.id, record.text, record.speaker, record.language)
+                # None where they are made while training
+                codes = b"" if record.codes is None else np.asarray(record.codes, "<u2").tobytes()
+                found.update(codes)
+            else:  # a conversation, or None for audio that cannot be read
+                words = record and (record.id, record.messages)
+            found.update(repr(words).encode(errors="surrogateescape"))
+    return found.hexdigest()[:16]

@@ -1,0 +1,74 @@
+"""What training changes, step by step: new, or that of the newest checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+
+from llasa_jax.convert import model_folder
+from llasa_jax.model.config import AdapterConfig
+from llasa_jax.model.lora import Adapter, count, join, new_adapters, place, split
+from llasa_jax.train.checkpoints import Checkpoints
+from llasa_jax.train.prepare import Job
+from llasa_jax.train.progress import say
+from llasa_jax.train.step import TrainStep
+
+
+@dataclass
+class TrainState:
+    """What a step changes, and the frozen parameters beside it. `step` counts the steps done."""
+
+    step: int
+    frozen: dict
+    trainable: dict
+    opt_state: object
+
+
+def begin(
+    job: Job, adapter: Adapter | None, data: grain.DatasetIterator
+) -> tuple[TrainState, Checkpoints]:
+    """The state, new or that of the newest checkpoint, with `data` at its place."""
+    settings, functions = job.settings, job.functions
+    frozen: dict = {}
+    base = None
+    if functions.adapters:
+        frozen, trainable, base = _begin_lora(job.source, functions, functions.adapters, adapter)
+    checkpoints = Checkpoints(
+        job.run,
+        settings.train.keep,
+        settings.train.keep_best,
+        clips=job.clips,
+        base=base,
+        data=job.dataset,
+    )
+    restored = checkpoints.restore(functions.trainable, functions.opt_state, data)
+    if restored:
+        say(f"going on after step {restored[0]}")
+        step, trainable, opt_state = restored
+        return TrainState(step, frozen, trainable, opt_state), checkpoints
+    if not functions.adapters:
+        trainable = model_folder.restore_params(job.source, functions.trainable)
+    return TrainState(0, frozen, trainable, functions.init(trainable)), checkpoints
+
+
+def _begin_lora(
+    source: Path, functions: TrainStep, adapters: AdapterConfig, adapter: Adapter | None
+) -> tuple[dict, dict, tuple[Path, str]]:
+    """The frozen and the trainable parameters before any training, and the folder and fingerprint
+    of the base.
+    """
+    wanted = functions.trainable
+    base = {
+        name: leaf
+        for name, leaf in join(functions.frozen, wanted).items()
+        if name not in ("lora", "rows")
+    }
+    params = model_folder.restore_params(source, base)
+    frozen, trainable = split(params, adapters)
+    trainable |= new_adapters(params, wanted, adapters, functions.seed)
+    if adapter:
+        trainable = join(trainable, place(adapter.params, wanted))
+    say(
+        "{:,} trained parameters beside {:,} frozen ones".format(*count(functions.config, adapters))
+    )
+    return frozen, trainable, (source, model_folder.open_model(source).fingerprint())
