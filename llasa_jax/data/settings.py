@@ -12,7 +12,7 @@ from llasa_jax.speech.settings import PromptSettings
 class SourceSettings:
     """One dataset of a mixture."""
 
-    path: str = setting("", path=True)
+    path: str = setting("", path=True, resume=True)
     """As data.path; where the prompt's task is chat, a JSONL file of conversations, which is one
     split by itself."""
     split: str = setting("train")

@@ -15,7 +15,7 @@ from llasa_jax.runtime.settings import DEVICE_WORDS, MAX_SEED, TORCH_DEVICE, gro
 class OnlineSettings:
     """How audio becomes codes while training, where data.mode is online."""
 
-    codec: str = setting("HKUSTAudio/xcodec2-hf", path=True)
+    codec: str = setting("HKUSTAudio/xcodec2-hf", path=True, resume=True)
     """Codec that makes the codes: an XCodec2 checkpoint's hub id or folder."""
     device: str = setting("cpu", pattern=TORCH_DEVICE, words=DEVICE_WORDS, resume=True)
     """Device on which the codec runs, as PyTorch names it."""
@@ -58,7 +58,7 @@ class DataSettings:
     mode: Literal["offline", "online"] = "offline"
     """offline: data.path is a dataset of codes. online: it is audio, which becomes codes while
     training."""
-    path: str = setting("", path=True)
+    path: str = setting("", path=True, resume=True)
     """A folder that encode or an import made; with mode online a manifest as encode takes it, a
     Hugging Face dataset's folder or hub id (NAME:CONFIG), or tfds:NAME."""
     train_split: str = setting("train")

@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16"]
 class ModelSettings:
     """The model to finetune, and its arithmetic."""
 
-    path: str = setting("", path=True)
+    path: str = setting("", path=True, resume=True)
     """Folder of the model, as import-hf makes it."""
     dtype: Dtype = "bfloat16"
     """Type of the arithmetic: activations, and copies of the weights in matrix products."""
@@ -56,7 +56,7 @@ class LoraSettings:
     train_also: list[str] = setting(list)
     """What is trained besides the adapters: norms, embed or head as a whole; or tokens such as
     "<|laugh|>", of which only the rows in embedding and head are trained."""
-    init: str = setting("", path=True)
+    init: str = setting("", path=True, resume=True)
     """Folder of a PEFT adapter or a LoRA run to go on from; rank, alpha, targets and the like are
     then the adapter's."""
     frozen_dtype: Dtype = "bfloat16"
