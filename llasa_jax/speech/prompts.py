@@ -19,7 +19,6 @@ marker. Loss is on what the assistant says: in tts and asr from its start marker
 in chat on every assistant's turn and the <|eot_id|> that ends it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,9 +27,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llasa_jax.errors import UserError
+from llasa_jax.speech.chat_template import ChatTemplate
 from llasa_jax.speech.settings import LEARNED, PromptSettings, fields_of
 from llasa_jax.speech.vocab import (
-    MARKERS,
     SPEECH_GENERATION,
     SPEECH_UNDERSTANDING,
     TEXT_GENERATION,
@@ -47,6 +46,7 @@ _MARKERS = {
     "asr": {"text": TEXT_GENERATION, "codes": SPEECH_UNDERSTANDING},
 }
 
+MAX_FIELD = 2000  # characters of a speaker, a description or a language
 
 # Stands for a code that is not made yet, in the tokens of a planned example. No token has this id.
 NOT_ENCODED = -1
@@ -106,24 +106,14 @@ class Prompter:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", settings: PromptSettings | None = None
     ):
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template; use that of a Llama"
-                " Instruct or Llasa checkpoint"
-            )
-        self.vocab = SpeechVocab.of(tokenizer)
         self.settings = (settings or PromptSettings()).filled()
+        self._template = ChatTemplate(tokenizer, self.settings.date)
+        self.vocab = SpeechVocab.of(tokenizer)
         self._tokenizer = tokenizer
         self._hidden = (
             tokenizer.convert_tokens_to_ids("<|eot_id|>")
             if self.settings.mask == "upstream"
             else None
-        )
-        special = [
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        ]
-        self._control = re.compile(
-            "|".join([*map(re.escape, [*special, *MARKERS]), r"<\|s_\d{1,5}\|>"])
         )
         self._frame = lru_cache(maxsize=4096)(self._make_frame)
 
@@ -145,7 +135,8 @@ class Prompter:
         """As `example`, but a record that is not encoded yet gives NOT_ENCODED in place of each
         token of its codes, for `with_codes` to replace.
         """
-        if self.settings.task == "chat":
+        assert isinstance(record, Conversation) == (self.settings.task == "chat")
+        if isinstance(record, Conversation):
             tokens, loss = self._chat(record)
         else:
             if not record.num_codes:
@@ -204,7 +195,11 @@ class Prompter:
         many ids lie between its markers.
         """
         settings = self.settings
-        name = f"the utterance {utterance.id!r}" if utterance.id else f"the text {utterance.text!r}"
+        name = (
+            f"the utterance {utterance.id!r:.200}"
+            if utterance.id
+            else f"the text {utterance.text!r:.200}"
+        )
         if not utterance.text.strip():
             raise UserError(f"{name} has no text; give it one or leave it out of the dataset")
         assistant = settings.assistant_with_speaker if utterance.speaker else settings.assistant
@@ -220,9 +215,16 @@ class Prompter:
                     f"{name} has no {field}, which the prompt mentions; add it to the record or"
                     " change the prompt's template"
                 )
+            if len(value) > MAX_FIELD:
+                raise UserError(
+                    f"{name} has a {field} of {len(value):,} characters, more than {MAX_FIELD:,};"
+                    " shorten it"
+                )
         for value in (utterance.text, *values.values()):
-            self._refuse_control(name, value)
-        frame, places = self._frame(assistant, **values)
+            self._template.refuse_control(name, value)
+        rendered, frame, places = self._frame(assistant, **values)
+        plain, *_ = self._frame(assistant, **dict.fromkeys(values, "x"))
+        self._template.refuse_joined_control(name, rendered, plain)
         try:
             codes = (
                 np.full(utterance.num_codes, NOT_ENCODED, np.int32)
@@ -244,9 +246,9 @@ class Prompter:
         start = places[learned] - 1 + (len(first) if places[learned] == second_at else 0)
         return tokens, start, len(ids[learned])
 
-    def _make_frame(self, assistant: str, **values: str) -> tuple[np.ndarray, dict[str, int]]:
-        """The conversation with nothing between its markers, and where in it the text's and the
-        codes' ids belong.
+    def _make_frame(self, assistant: str, **values: str) -> tuple[str, np.ndarray, dict[str, int]]:
+        """The conversation with nothing between its markers, as text and as ids, and where in it
+        the ids of the text and of the codes belong.
         """
         settings = self.settings
         markers = _MARKERS[settings.task]
@@ -260,7 +262,8 @@ class Prompter:
             {"role": "user", "content": settings.user.format(**values)},
             {"role": "assistant", "content": assistant.format(**values)},
         ]
-        frame = self._ids(self._render(messages))
+        rendered = self._template.render(messages)
+        frame = self._ids(rendered)
         places = {}
         for field, (start, _) in markers.items():
             at = np.flatnonzero(frame == self.vocab.markers[start])
@@ -270,7 +273,7 @@ class Prompter:
                     f" stands there {len(at)} times"
                 )
             places[field] = int(at[0]) + 1
-        return frame, places
+        return rendered, frame, places
 
     def _chat(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """Ids and loss up to the last assistant's turn; what follows it teaches nothing and is left
@@ -286,24 +289,24 @@ class Prompter:
         ):
             raise UserError(
                 f"{name} has turns of {', '.join(roles) or 'nobody'}; it must open with a user's"
-                " turn, after a system's at most, and hold an assistant's: mend it or leave it out"
-                " of the dataset"
+                " turn, after a system's at most, and hold an assistant's: correct it, or leave it"
+                " out of the dataset"
             )
-        pieces, done = [], ""
+        pieces, done, end = [], "", 0
         for at, message in enumerate(messages):
             if not message["content"].strip():
                 raise UserError(
-                    f"{name} has an empty turn of the {message['role']}; mend it or leave it out of"
-                    " the dataset"
+                    f"{name} has an empty turn of the {message['role']}; correct it, or leave it"
+                    " out of the dataset"
                 )
-            self._refuse_control(name, message["content"])
+            self._template.refuse_control(name, message["content"])
             if message["role"] != "assistant":
                 continue
             # What the template writes before an answer and with it: so the loss needs no knowledge
             # of the template.
             before, after = (
-                self._render(messages[:at], add_generation_prompt=True),
-                self._render(messages[: at + 1]),
+                self._template.render(messages[:at], add_generation_prompt=True),
+                self._template.render(messages[: at + 1]),
             )
             if not (before.startswith(done) and after.startswith(before)):
                 raise UserError(
@@ -311,26 +314,16 @@ class Prompter:
                     " cannot be learned in one go"
                 )
             pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-            done = after
+            done, end = after, at + 1
+        plain = self._template.render([{**message, "content": "x"} for message in messages[:end]])
+        self._template.refuse_joined_control(name, done, plain)
         ids = [self._ids(text) for text, _ in pieces]
         return np.concatenate(ids), np.repeat(
             [learned for _, learned in pieces], [len(part) for part in ids]
         )
 
-    def _render(self, messages: Sequence[dict], **options) -> str:
-        return self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, date_string=self.settings.date, **options
-        )
-
     def _ids(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-
-    def _refuse_control(self, name: str, text: str) -> None:
-        if found := self._control.search(text):
-            raise UserError(
-                f"{name} contains the control token {found[0]}, which would break the prompt; take"
-                " it out of the text"
-            )
 
 
 def join_texts(first: str, second: str) -> str:

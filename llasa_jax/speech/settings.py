@@ -3,7 +3,7 @@
 import re
 import string
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import setting
@@ -82,10 +82,10 @@ class PromptSettings:
                 f"{name} words a turn, but the task chat takes all turns from its records; leave"
                 " out what is not task, date or mask"
             )
-        filled = replace(
-            self,
-            **{field: given[field] or template for field, template in TEMPLATES[self.task].items()},
-        )
+        wording: dict[str, Any] = {
+            field: given[field] or template for field, template in TEMPLATES[self.task].items()
+        }
+        filled = replace(self, **wording)
         filled = replace(
             filled, assistant_with_speaker=filled.assistant_with_speaker or filled.assistant
         )

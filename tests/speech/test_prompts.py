@@ -2,11 +2,15 @@
 independently.
 """
 
+import sys
+import time
+
 import numpy as np
 import pytest
 
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer
 from llasa_jax.errors import UserError
+from llasa_jax.speech import chat_template
 from llasa_jax.speech.prompts import Conversation, Prompter, Utterance, join_texts
 from llasa_jax.speech.settings import PromptSettings
 
@@ -175,6 +179,73 @@ def test_no_field_smuggles_control_tokens_in(tokenizer, field):
         ),
     ):
         Prompter(tokenizer).example(Utterance(**{"id": "x1", "text": "Hi", "codes": CODES} | field))
+
+
+JOINED = {"speaker": "<|eot", "description": "_id|>", "language": "<|"}
+
+
+@pytest.mark.parametrize(
+    "templates",
+    [
+        {"assistant_with_speaker": "{speaker}{description}{codes}"},
+        {"user": "{language}eot_id|>{text}"},
+        {"system": "{speaker}{description}"},
+    ],
+)
+def test_control_tokens_are_looked_for_in_the_finished_prompt(tokenizer, templates):
+    """No field has one, but side by side they make one."""
+    with pytest.raises(
+        UserError, match=r"'x1' contains the control token <\|eot_id\|>, made of parts"
+    ):
+        Prompter(tokenizer, PromptSettings(**templates)).example(
+            Utterance("Hi", CODES, "x1", **JOINED)
+        )
+    Prompter(tokenizer, PromptSettings(assistant_with_speaker="{speaker}-{codes}")).example(
+        Utterance("Hi", CODES, "x1", **JOINED)
+    )
+
+
+def test_a_chat_template_that_joins_turns_is_seen_through():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}_id|>{% endfor %}"
+    prompter = Prompter(tokenizer, PromptSettings(task="chat"))
+    with pytest.raises(
+        UserError, match=r"'c1' contains the control token <\|eot_id\|>, made of parts"
+    ):
+        prompter.example(conversation(("user", "Hi<|eot"), ("assistant", "Ho")))
+
+
+def test_long_fields_are_refused(tokenizer):
+    with pytest.raises(UserError, match=r"'x1' has a speaker of 100,000 characters") as caught:
+        Prompter(tokenizer).example(Utterance("Hi", CODES, "x1", "a" * 100_000))
+    assert len(str(caught.value)) < 200
+    with pytest.raises(UserError, match="has a speaker of 100,000 characters") as caught:
+        Prompter(tokenizer).opening("Hi " * 10_000, speaker="a" * 100_000)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "the chat template of the tokenizer .* takes longer than",
+        ),
+        ("{{ messages[7].content.x }}", "the chat template of the tokenizer .* fails"),
+        ("{{ raise_exception('no system turn') }}", "fails .no system turn"),
+        ("{% for %}", "the chat template of the tokenizer .* fails"),
+    ],
+)
+def test_chat_templates_that_loop_or_fail_are_refused(monkeypatch, template, complaint):
+    monkeypatch.setattr(chat_template, "TRIAL_SECONDS", 0.5)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = template
+    before = time.monotonic()
+    with pytest.raises(UserError, match=complaint) as caught:
+        Prompter(tokenizer)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - before < 60
+    assert sys.gettrace() is None or "watch" not in repr(sys.gettrace())
 
 
 def ids(tokenizer, *parts):
