@@ -9,8 +9,9 @@ into rows of 2,048, and the loss is taken in chunks. Same geometry, with Llasa's
 On a CPU the model is narrow and shallow, in float32, with all cores for either side. `--gpu` trains
 Llasa-1B's geometry in bfloat16 on one GPU, PyTorch as fast as it goes: weights in bfloat16, SDPA,
 fused AdamW, four clips at once without recomputing and four times that for an update, which is
-upstream's own setting. llasa-jax runs `configs/llasa_1b_full_1x80gb.yaml`, with float32 weights and
-optimizer, and prints its share of the GPU's peak.
+upstream's own setting. llasa-jax runs `configs/llasa_1b_full.yaml` with
+`configs/machines/1x80gb.yaml`, with float32 weights and optimizer, and prints its share of the
+GPU's peak.
 """
 
 import argparse
@@ -79,8 +80,9 @@ def sides(gpu: bool) -> Sides:
     if not gpu:
         ours = ModelSettings(dtype="float32", remat="none", loss_chunk=128)
         return Sides(NARROW, ours, OptimizerSettings(), (1, 1), (1, 1), torch.float32, "cpu")
+    configs = Path(__file__).parent.parent / "configs"
     recipe = parse_settings(
-        [f"--config={Path(__file__).parent.parent / 'configs/llasa_1b_full_1x80gb.yaml'}"]
+        [f"--config={configs}/llasa_1b_full.yaml", f"--config={configs}/machines/1x80gb.yaml"]
     )
     rows = recipe.train.accumulation, recipe.train.rows
     return Sides(MODELS["1b"], recipe.model, recipe.optimizer, rows, (4, 4), torch.bfloat16, "cuda")

@@ -43,7 +43,7 @@ def test_commands_parse(page, command, monkeypatch):
         assert not settings
         return
     if getattr(args, "config", None):
-        settings = [f"--config={args.config}", *settings]
+        settings = [*(f"--config={config}" for config in args.config), *settings]
     parse_settings(settings)
 
 

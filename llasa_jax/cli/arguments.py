@@ -46,6 +46,23 @@ def add_command(
     return parser
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="the recipe; a machine's overlay may follow as a second one, and the later wins",
+    )
+
+
+def settings_of(args):
+    """The `Settings` of a command with `--config` and settings of `train`."""
+    from llasa_jax.train.settings import parse_settings
+
+    return parse_settings([*(f"--config={config}" for config in args.config), *args.settings])
+
+
 def add_codec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codec",
@@ -99,7 +116,10 @@ def add_max_bad_share(parser: argparse.ArgumentParser) -> None:
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sample", type=int, default=200_000, help="look at no more clips of a split than this"
+        "--sample",
+        type=number(int, low=1, high=1_000_000_000),
+        default=200_000,
+        help="look at no more clips of a split than this",
     )
 
 

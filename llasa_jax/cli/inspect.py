@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
-from llasa_jax.cli.arguments import add_command, add_device, add_sample, load_tokenizer
-from llasa_jax.errors import UserError
+from llasa_jax.cli.arguments import (
+    add_command,
+    add_config,
+    add_device,
+    add_sample,
+    load_tokenizer,
+    settings_of,
+)
+from llasa_jax.runtime.settings import number, text
 
 
 def doctor(args) -> int:
@@ -12,10 +19,9 @@ def doctor(args) -> int:
     from dataclasses import asdict
 
     from llasa_jax.inspect.doctor import doctor
-    from llasa_jax.train.settings import parse_settings
 
     findings = doctor(
-        parse_settings([f"--config={args.config}", *args.settings]),
+        settings_of(args),
         codec=args.codec,
         device=args.device,
         sample=args.sample,
@@ -38,11 +44,8 @@ def report(args) -> None:
 def preview(args) -> None:
     from llasa_jax.encode.mixture import open_sources
     from llasa_jax.inspect.preview import preview
-    from llasa_jax.train.settings import parse_settings
 
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}; give a positive number")
-    settings = parse_settings([f"--config={args.config}", *args.settings])
+    settings = settings_of(args)
     records, _ = open_sources(settings.sources, settings.data.online)
     preview(settings, records, args.count, as_json=args.json)
 
@@ -56,14 +59,12 @@ def add_commands(commands) -> None:
         " Settings of `train` may follow as --setting.name=value.",
         takes_settings=True,
     )
+    add_config(parser)
     parser.add_argument(
-        "--config",
-        type=Path,
-        required=True,
-        help="the recipe of a training run; its settings may be overridden",
-    )
-    parser.add_argument(
-        "--count", type=int, default=5, help="how many records, from the first of training"
+        "--count",
+        type=number(int, low=1, high=1_000_000),
+        default=5,
+        help="how many records, from the first of training",
     )
     parser.add_argument(
         "--json",
@@ -79,7 +80,7 @@ def add_commands(commands) -> None:
         " --setting.name=value.",
         takes_settings=True,
     )
-    parser.add_argument("--config", required=True, help="the recipe that is to be trained")
+    add_config(parser)
     parser.add_argument("--codec", help="examine this codec too: a hub id or a folder")
     add_device(parser)
     add_sample(parser)
@@ -90,9 +91,13 @@ def add_commands(commands) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
     parser.add_argument(
         "--tokenizer",
+        type=text("a folder or a hub id"),
         help="for lengths in tokens and packing: a model's folder, a tokenizer's, or a hub id",
     )
     parser.add_argument(
-        "--max-length", type=int, default=2048, help="tokens per row, as data.max_length"
+        "--max-length",
+        type=number(int, low=2, high=1_048_576),
+        default=2048,
+        help="tokens per row, as data.max_length",
     )
     add_sample(parser)

@@ -1,8 +1,6 @@
 """The command plan."""
 
-from pathlib import Path
-
-from llasa_jax.cli.arguments import add_command
+from llasa_jax.cli.arguments import add_command, add_config, settings_of
 from llasa_jax.runtime.settings import number
 
 
@@ -15,9 +13,8 @@ def plan(args) -> None:
     if args.topology != "here":
         jax.config.update("jax_platforms", "cpu")
     from llasa_jax.plan import plan
-    from llasa_jax.train.settings import parse_settings
 
-    settings = parse_settings([f"--config={args.config}", *args.settings])
+    settings = settings_of(args)
     config = plan.model_geometry(args.model, settings)
     smallest = None
     if args.search:
@@ -57,7 +54,7 @@ def add_commands(commands) -> None:
         " takes there. Settings of `train` may follow as --setting.name=value.",
         takes_settings=True,
     )
-    parser.add_argument("--config", type=Path, required=True, help="the recipe")
+    add_config(parser)
     parser.add_argument(
         "--topology",
         default="here",

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from llasa_jax.cli.arguments import SEED, add_base, add_codec, add_command, add_device, add_step
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.settings import number
+from llasa_jax.runtime.settings import number, text
+
+LINE = text("one line of text", r"[^\x00-\x1f\x7f]*")
 
 
 def generate(args) -> None:
@@ -67,14 +69,15 @@ def add_commands(commands) -> None:
     )
     add_codec(parser)
     add_device(parser)
-    parser.add_argument("--speaker", default="", help="a speaker of the training data")
+    parser.add_argument("--speaker", type=LINE, default="", help="a speaker of the training data")
     parser.add_argument(
         "--description",
+        type=LINE,
         default="",
         help="how to speak, where the model was trained with descriptions",
     )
     parser.add_argument(
-        "--language", default="", help="where the model was trained with named languages"
+        "--language", type=LINE, default="", help="where the model was trained with named languages"
     )
     parser.add_argument("--prompt-audio", type=Path, help="a voice to clone; needs --prompt-text")
     parser.add_argument("--prompt-text", help="what the prompt audio says")

@@ -190,7 +190,5 @@ def text(name: str, pattern: str = r"[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*") -> C
     return parse
 
 
-SEED = number(int, low=0, high=MAX_SEED)
-"""An argparse `type` for --seed."""
 DEVICE = text(DEVICE_WORDS, TORCH_DEVICE)
 """An argparse `type` for --device."""

@@ -43,8 +43,8 @@ def test_settings_keep_their_order_and_reach_only_commands_that_take_them(capsys
     args, rest = cli.new_parser().parse_known_args(
         ["plan", "--config", "a.yaml", "--model.path=x", "--model", "1b", "--data.path", "y"]
     )
-    assert (str(args.config), args.model, rest) == (
-        "a.yaml",
+    assert (args.config, args.model, rest) == (
+        ["a.yaml"],
         "1b",
         ["--model.path=x", "--data.path", "y"],
     )

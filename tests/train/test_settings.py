@@ -130,7 +130,13 @@ def test_every_setting_is_explained_and_help_shows_it(capsys, monkeypatch):
 def test_what_may_change_when_a_run_resumes():
     online = "device queue workers read_ahead cache max_bad_share stall_seconds torch_threads"
     assert may_change(Settings) == {
+        # Fingerprints tell models, data and codecs apart, not where they lie.
         "out",
+        "model.path",
+        "lora.init",
+        "data.path",
+        "data.sources.path",
+        "data.online.codec",
         "data.doctor",
         "optimizer.offload",
         "profile.steps",
@@ -146,9 +152,33 @@ def test_what_may_change_when_a_run_resumes():
     }
 
 
-def test_every_recipe_parses():
-    recipes = sorted((ROOT / "configs").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        settings = parse_settings(["--config", str(recipe)])
-        assert yaml.safe_load(recipe.read_text())["model"]["path"] == settings.model.path
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
+
+
+def test_every_recipe_parses_with_every_overlay():
+    assert RECIPES
+    assert OVERLAYS
+    for recipe in RECIPES:
+        alone = parse_settings(["--config", str(recipe)])
+        assert yaml.safe_load(recipe.read_text())["model"]["path"] == alone.model.path
+        for overlay in OVERLAYS:
+            both = parse_settings([f"--config={recipe}", f"--config={overlay}"])
+            machine = yaml.safe_load(overlay.read_text())
+            assert both.model.remat == machine["model"]["remat"]
+            assert both.mesh.fsdp == machine["mesh"]["fsdp"]
+            # An overlay decides where and how, never what is learned from which batch.
+            assert (both.train, both.data, both.lora) == (alone.train, alone.data, alone.lora)
+            assert both.optimizer.learning_rate == alone.optimizer.learning_rate
+
+
+def test_recipes_and_overlays_are_not_copies():
+    for folder in (RECIPES, OVERLAYS):
+        contents = [
+            {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "out"}
+            for path in folder
+        ]
+        names = [path.stem.split("_")[0] for path in folder]
+        for at, content in enumerate(contents):
+            same = [names[i] for i in range(at) if contents[i] == content]
+            assert names[at] not in same, f"{folder[at]} repeats another recipe"

@@ -1,0 +1,115 @@
+"""Prints plans.md: what the recipes need on the machines of configs/machines.
+
+    python docs/make_plans.py --keep build/plans.json > docs/plans.md
+
+GPUs are estimated in a second each; a TPU slice is compiled, in one to five minutes each (`pip
+install 'llasa-jax[plan]'`). `--keep` writes each plan to a file as it is made, and takes from there
+what is made already.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from llasa_jax.plan.plan import MODELS, Plan, plan, with_dataset
+from llasa_jax.plan.plan import TOKENS_PER_CODE as TOKENS
+from llasa_jax.speech.vocab import CODES_PER_SECOND
+from llasa_jax.train.settings import parse_settings
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+HOURS = 24
+# An overlay's machine, where its name is not that of a TPU slice.
+GPUS = {"1x24gb": "rtx4090:1", "1x80gb": "h100:1", "8x80gb": "h100:8"}
+# The machines on which each recipe is planned: overlays, or machines without one.
+PLANNED = {
+    "llasa_1b_full": ["1x24gb", "1x80gb", "8x80gb", "v5e_2x4", "v5p_2x2x1", "v6e_2x2"],
+    "llasa_3b_full": ["h100:1", "8x80gb", "v5e_2x4", "v5p_2x2x1", "v6e_2x2"],
+    "llasa_8b_full": ["8x80gb", "v5e_4x4", "v5p_2x2x2", "v6e_2x4"],
+    "llasa_1b_lora": ["rtx4090:1", "h100:1", "v5e:1x1", "v5e:2x2", "v6e:1x1"],
+    "llasa_3b_lora": ["rtx4090:1", "h100:1", "v5e:2x2", "v6e:1x1"],
+    "llasa_8b_lora": ["h100:1", "v5e:2x2", "v6e:1x1"],
+    "llasa_8b_qlora": ["rtx4090:1", "h100:1", "v5e:1x1", "v5e:2x2"],
+}
+COLUMNS = ["machine", "overlay", "devices", "rows per device", "peak GiB", "of GiB", ""]
+COLUMNS += ["step (s)", "minutes"]
+HEAD = f"""# The recipes on machines
+
+`llasa-jax train --config configs/RECIPE.yaml --config configs/machines/OVERLAY.yaml` trains a
+recipe with a machine's settings; no overlay changes the batch or what is learned, but for
+`1x24gb`, which trains with AdaFactor. The other recipes (`llasa_1b_asr`, `llasa_1b_description`,
+`llasa_1b_keep_chat`, `llasa_1b_online`) need what `llasa_1b_full` needs.
+
+Memory and times are per device, for rows of 2,048 tokens. TPU plans are compiled by XLA's TPU
+compiler; GPU plans are **estimates** from shapes, which no GPU has confirmed. The time of a step is
+a lower bound (the longest of arithmetic, memory and links at their peak rates); half that speed is
+usual. The last column is that bound for {HOURS} hours of speech, for as many epochs as the recipe
+says. This page is printed by `docs/make_plans.py`.
+"""
+
+
+def topology(machine: str) -> str:
+    """The topology that `plan` takes, of an overlay or a machine without one."""
+    return GPUS.get(machine, machine.replace("_", ":"))
+
+
+def arguments(recipe: str, machine: str) -> list[str]:
+    """The config files of a recipe on a machine."""
+    overlay = CONFIGS / "machines" / f"{machine}.yaml"
+    configs = [CONFIGS / f"{recipe}.yaml", *([overlay] if overlay.is_file() else [])]
+    return [f"--config={config}" for config in configs]
+
+
+def planned(recipe: str, machine: str) -> Plan:
+    """The plan of a recipe on a machine, with the steps of `HOURS` of speech."""
+    settings = parse_settings(arguments(recipe, machine))
+    found = plan(settings, MODELS[recipe.split("_")[1]], topology(machine))
+    return with_dataset(found, settings, HOURS * 3600 * CODES_PER_SECOND * TOKENS)
+
+
+def section(recipe: str, plans: dict[str, Plan]) -> str:
+    lines = [
+        f"## {recipe}\n",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
+        *(row(machine, found) for machine, found in plans.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def row(machine: str, found: Plan) -> str:
+    """A line of a recipe's table."""
+    overlay = "" if ":" in machine else f"`{machine}`"
+    how = ("estimate" if found.estimated else "compiled") + ("" if found.fits else ", does not fit")
+    return (
+        f"| {found.topology} | {overlay} | {found.device_count} | {found.rows_per_device:g}"
+        f" | {found.peak_hbm_gib:.2f} | {found.hbm_gib:g} | {how}"
+        f" | {found.step_seconds_roofline:.2f} | {60 * found.hours_roofline:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=Path, help="a JSON file of the plans made so far")
+    keep = parser.parse_args().keep
+    jax.config.update("jax_platforms", "cpu")
+    kept = json.loads(keep.read_text()) if keep and keep.is_file() else {}
+    sections = []
+    for recipe, machines in PLANNED.items():
+        plans = {}
+        for machine in machines:
+            name = f"{recipe} {machine}"
+            if name not in kept:
+                kept[name] = dataclasses.asdict(planned(recipe, machine))
+                if keep:
+                    keep.parent.mkdir(parents=True, exist_ok=True)
+                    keep.write_text(json.dumps(kept, indent=1))
+            plans[machine] = Plan(**kept[name])
+        sections.append(section(recipe, plans))
+    print("\n".join([HEAD, *sections]), end="")
+
+
+if __name__ == "__main__":
+    main()
