@@ -9,6 +9,7 @@ which gives a batch the first clip's features.
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
@@ -44,7 +45,7 @@ def load_original(name: str, config: dict, device) -> OriginalXcodec2Codec:
     modeling = import_package()
     tensors = {
         re.sub(r"\bact\.beta$", "act.bias", key): value
-        for key, value in load_file(cached_file(name, "model.safetensors")).items()
+        for key, value in load_file(str(cached_file(name, "model.safetensors"))).items()
     }
     model = build(modeling, config, semantic_config(tensors))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -56,7 +57,7 @@ def load_original(name: str, config: dict, device) -> OriginalXcodec2Codec:
         for key in shapes
     }
     tensors = {known.get(key, key): value for key, value in tensors.items()}
-    faults = {
+    faults: dict[str, Iterable[str]] = {
         "lacks": shapes.keys() - tensors.keys(),
         "has the unknown": tensors.keys() - shapes.keys(),
         "has the wrong shape for": [
@@ -95,9 +96,10 @@ def import_package() -> ModuleType:
 
 def semantic_config(tensors: dict):
     """The `Wav2Vec2BertConfig` of w2v-bert-2.0, with as many layers as the checkpoint holds."""
-    from transformers import Xcodec2Config
+    from transformers import PreTrainedConfig, Xcodec2Config
 
     config = Xcodec2Config().semantic_model_config
+    assert isinstance(config, PreTrainedConfig)
     layers = [
         int(m[1])
         for key in tensors

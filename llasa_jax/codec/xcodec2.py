@@ -44,7 +44,10 @@ def load_xcodec2(name: str, config_dict: dict, device) -> "Xcodec2Codec":
             f"{name}: {levels} codes of {hop} samples at {rate} Hz, but Llasa speaks {NUM_CODES}"
             f" codes of {HOP} samples at {SAMPLE_RATE} Hz; use {DEFAULT_CODEC}."
         )
-    model, loaded = Xcodec2Model.from_pretrained(
+    model: Xcodec2Model
+    loaded: dict
+    # transformers does not type what output_loading_info adds.
+    model, loaded = Xcodec2Model.from_pretrained(  # type: ignore[misc]
         name,
         config=config,
         dtype=torch.float32,
@@ -114,7 +117,7 @@ class Xcodec2Codec:
                     " llasa_jax.speech.audio.read_audio."
                 )
             clips_of_length[(len(wave) // HOP + 1) * HOP].append(index)
-        codes = [None] * len(waves)
+        codes = [np.zeros(0, np.uint16)] * len(waves)
         for length, clips in clips_of_length.items():
             size = max(1, MAX_BATCH_SAMPLES // length)
             for start in range(0, len(clips), size):

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ class _DownloadConfig(tfds.download.DownloadConfig):
 
 def write_dataset(
     out: str | os.PathLike,
-    splits: dict[str, Iterable[dict]],
+    splits: Mapping[str, Iterable[dict]],
     metadata: dict,
     made_from: str = "",
     summary: Callable[[], dict] = dict,

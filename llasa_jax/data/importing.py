@@ -4,7 +4,7 @@ counted.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Imported:
 def write_import(
     source: str | os.PathLike,
     out: str | os.PathLike,
-    splits: dict[str, Iterable[dict | Noted]],
+    splits: Mapping[str, Iterable[dict | Noted]],
     codec_name: str = UNKNOWN_CODEC,
     max_bad_share: float = 0.05,
     made_from: str = "",

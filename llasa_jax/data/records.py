@@ -21,7 +21,7 @@ class Utterances(Sequence[Utterance]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Utterance:
+    def __getitem__(self, index: int) -> Utterance:  # type: ignore[override]  # no slices
         return Utterance(**self._records[index])
 
 

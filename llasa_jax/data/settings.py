@@ -26,6 +26,11 @@ class SourceSettings:
     mode: Literal["", "offline", "online"] = ""
     """As data.mode, which it is where empty."""
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is text chat, which has no codes and no splits."""
+        return self.prompt is not None and self.prompt.task == "chat"
+
     def check(self, name: str) -> None:
         if not self.path:
             raise UserError(f"{name}.path is not set; give each source one")

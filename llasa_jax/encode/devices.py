@@ -29,6 +29,8 @@ def divide_machine(settings: OnlineSettings) -> None:
 
     if shares_gpu(settings) and settings.gpu_memory:
         torch.cuda.set_per_process_memory_fraction(settings.gpu_memory, settings.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     shared = settings.device == "cpu" and jax.default_backend() == "cpu"
     torch.set_num_threads(settings.torch_threads or max(1, cores // 2 if shared else cores))

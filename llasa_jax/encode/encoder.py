@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,13 @@ class Cache(Protocol):
     def put(self, clips: Sequence[tuple[int, np.ndarray]]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A cache that becomes a dataset once it has all clips but the skipped ones."""
+
+    def finish(self, skipped: set[int]) -> None: ...
 
 
 class Encoder:
@@ -85,10 +92,11 @@ class Encoder:
         while not self.closed.is_set():
             while more and len(groups) < ahead:
                 self.doing = "reading how long the next clips are"
-                clips, payload = next(wanted, (None, None))
-                if clips is None:
+                group = next(wanted, None)
+                if group is None:
                     more = False
                     break
+                clips, payload = group
                 groups.append(([clip.key for clip in clips], payload))
                 for clip in clips:
                     users[clip.key] += 1
@@ -116,12 +124,12 @@ class Encoder:
                 continue
             for key, wave, reason in self._receive(block=not waves):
                 planned = missing[key].num_codes
-                if not reason and planned and _frames(wave) != planned:
+                if not reason and planned and wave is not None and _frames(wave) != planned:
                     reason = (
                         f"{self._name(key)}: its length is not the one that its header tells;"
                         " export it again from its source"
                     )
-                if reason:
+                if reason or wave is None:
                     del held[key]
                     codes[key] = None
                     self.skipped.add(key, missing.pop(key).id, self._name(key), reason)
@@ -163,7 +171,7 @@ class Encoder:
         """Encodes no more, and turns caches that are whole into datasets."""
         self.stop()
         for number, cache in enumerate(self._caches):
-            if cache:
+            if isinstance(cache, Finishing):
                 cache.finish(self.skipped.of(number))
 
     def stop(self) -> None:
@@ -189,7 +197,8 @@ class Encoder:
         self._used[number][index] = True
         if clip.key in self.skipped:
             return True, None
-        codes = self._caches[number].get(index) if self._caches[number] else None
+        cache = self._caches[number]
+        codes = cache.get(index) if cache else None
         return codes is not None and clip.num_codes in (0, len(codes)), codes
 
     def _start_readers(self) -> Readers:
@@ -201,11 +210,12 @@ class Encoder:
 
     def _receive(self, block: bool) -> list[tuple[Key, np.ndarray | None, str]]:
         self.doing = READING
-        received = self._readers.receive(0.2 if block else 0)
+        readers = self._start_readers()
+        received = readers.receive(0.2 if block else 0)
         if not block or received:
             return received
         self.doing = "starting the processes that read audio"
-        if slowest := self._readers.slowest():
+        if slowest := readers.slowest():
             key, seconds = slowest
             self.doing = f"{READING}{self._name(key)}"
             # Warns after the time that is set, after twice that, four times: not for ever.

@@ -71,7 +71,8 @@ class HFTable:
     """
 
     def __init__(self, rows, folder: str = ""):
-        self._rows, self._folder, self._views = rows, folder, {}
+        self._rows, self._folder = rows, folder
+        self._views: dict = {}
         self.columns = rows.column_names
         self.audio_columns = [
             column for column, feature in rows.features.items() if type(feature).__name__ == "Audio"

@@ -13,6 +13,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class Journal:
         read_only: bool = False,
     ):
         self._path, self._audio, self._fingerprint = folder / name, audio, fingerprint
-        self._database: sqlite3.Connection | None = None
+        self._database: Any = None  # a sqlite3.Connection while it is open
         with self._explained():
             folder.mkdir(parents=True, exist_ok=True)
             self._database = _connect(self._path, read_only)

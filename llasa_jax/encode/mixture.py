@@ -54,7 +54,7 @@ def codec_of(sources: Sequence[SourceSettings], encoding: Codec | None = None) -
             metadata = (
                 {"codec": encoding.name, "fingerprint": encoding.fingerprint} if encoding else {}
             )
-        elif source.prompt.task != "chat":
+        elif not source.is_chat:
             metadata = read_metadata(source.path)
         if metadata.get("fingerprint", "unknown") != "unknown":
             known.setdefault(
@@ -71,7 +71,7 @@ def codec_of(sources: Sequence[SourceSettings], encoding: Codec | None = None) -
 
 
 def _open(source: SourceSettings, split: str) -> Sequence:
-    if source.prompt.task != "chat":
+    if not source.is_chat:
         return open_utterances(source.path, split)
     if source.validation_split:
         raise UserError(

@@ -139,7 +139,13 @@ class OnlineBatches(grain.DatasetIterator):
 
 def to_encode(planned: Iterable[Planned]) -> list[PlannedClip]:
     """The clips among what is planned that must be encoded before rows can be filled."""
-    return [one.record for one in planned if one.example is not None and one.example.lacks_codes]
+    return [
+        one.record
+        for one in planned
+        if one.example is not None
+        and one.example.lacks_codes
+        and isinstance(one.record, PlannedClip)
+    ]
 
 
 def encoded(planned: Planned, sources: Sequence[Source], codes: dict) -> Planned:
@@ -147,7 +153,7 @@ def encoded(planned: Planned, sources: Sequence[Source], codes: dict) -> Planned
     example where its clip turned out bad.
     """
     example = planned.example
-    if example is None or not example.lacks_codes:
+    if example is None or not example.lacks_codes or not isinstance(planned.record, PlannedClip):
         return planned
     made = codes[planned.record.key]
     if made is None:

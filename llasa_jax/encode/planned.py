@@ -103,7 +103,7 @@ class PlannedClips(Sequence[PlannedClip | None]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, at: int) -> PlannedClip | None:
+    def __getitem__(self, at: int) -> PlannedClip | None:  # type: ignore[override]  # no slices
         index = self.indices[at]
         key = self.number, index
         utterance = self.audio.utterance(index)
@@ -131,7 +131,8 @@ class EncodedClips(Sequence[Utterance | None]):
     def __len__(self) -> int:
         return len(self._clips)
 
-    def __getitem__(self, at: int) -> Utterance | None:
+    def __getitem__(self, at: int) -> Utterance | None:  # type: ignore[override]  # no slices
         clip = self._clips[at]
-        codes = None if clip is None else self._codes[clip.key]
-        return None if codes is None else replace(clip, codes=codes)
+        if clip is None or (codes := self._codes[clip.key]) is None:
+            return None
+        return replace(clip, codes=codes)

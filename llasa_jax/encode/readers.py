@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from time import monotonic
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -57,8 +58,9 @@ class Readers:
         """Clips that are read, in any order: (key, wave, "") or (key, None, why it cannot be used).
         Waits `timeout` seconds at most.
         """
-        results = []
-        for pipe in wait(list(self._busy), timeout) if self._busy else ():
+        results: list[tuple[Key, np.ndarray | None, str]] = []
+        ready: list[Any] = wait(list(self._busy), timeout) if self._busy else []
+        for pipe in ready:
             key, _, process = self._busy.pop(pipe)
             try:
                 wave, reason = pipe.recv()
@@ -151,7 +153,7 @@ def _without_main():
 def _read(sources: Sequence[AudioSource], pipe, max_seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    result = None, ""  # the first thing that is sent: it has started
+    result: tuple[np.ndarray | None, str] = None, ""  # the first thing that is sent: it has started
     while True:
         try:
             pipe.send(result)

@@ -2,7 +2,7 @@
 the formats.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -36,9 +36,16 @@ class Table(Protocol):
     maps our field names to the dataset's columns.
     """
 
-    columns: Sequence[str]
-    audio_columns: Sequence[str]  # those that can only be audio
-    files: Sequence[str]  # where it lies
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+    @property
+    def audio_columns(self) -> Sequence[str]:
+        """Those that can only be audio."""
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Where the split is stored."""
 
     def __len__(self) -> int: ...
 
@@ -70,7 +77,7 @@ class TableAudio(AudioSource):
     def __init__(
         self,
         name: str,
-        tables: dict[str, Table],
+        tables: Mapping[str, Table],
         columns: dict[str, str],
         validation_share: float = 0.0,
         seed: int = 0,
@@ -83,7 +90,8 @@ class TableAudio(AudioSource):
         named = texts.pop("id", None)
         self._texts = texts
         self._rows = [(split, row) for split, table in tables.items() for row in range(len(table))]
-        self.ids, first = [], {}
+        self.ids: list[str] = []
+        first: dict[str, int] = {}
         for index, (split, row) in enumerate(self._rows):
             own = tables[split].texts(row, {"id": named})["id"] if named else ""
             clip = row_id(split, row, own)
@@ -109,7 +117,7 @@ class TableAudio(AudioSource):
     def utterance(self, index: int) -> Utterance:
         split, row = self._rows[index]
         texts = self._tables[split].texts(row, self._texts)
-        return Utterance(**texts, id=self.ids[index], codes=None)
+        return Utterance(codes=None, id=self.ids[index], **texts)  # type: ignore[arg-type]
 
     def key(self, index: int) -> tuple[str, int, int]:
         split, row = self._rows[index]
@@ -126,7 +134,7 @@ class TableAudio(AudioSource):
         split, row = self._rows[index]
         audio = self._there(index, self._tables[split].audio(row, self._audio))
         return (
-            as_codec_wave(*audio, self._where(index))
+            as_codec_wave(audio[0], audio[1], self._where(index))
             if isinstance(audio, tuple)
             else read_audio(audio, self._where(index))
         )
@@ -150,7 +158,7 @@ class TableAudio(AudioSource):
         return f"{self.name}, {split} row {row}"
 
 
-def check_columns(name: str, tables: dict[str, Table], columns: dict[str, str]) -> None:
+def check_columns(name: str, tables: Mapping[str, Table], columns: dict[str, str]) -> None:
     """UserError where a split lacks a column that is mapped."""
     for split, table in tables.items():
         for field, column in columns.items():
@@ -184,13 +192,13 @@ def row_id(split: str, index: int, value: str | None = None) -> str:
     return f"{split}_{index:08d}" if value in (None, "") else str(value)
 
 
-def _usual_columns(name: str, tables: dict[str, Table]) -> dict[str, str]:
+def _usual_columns(name: str, tables: Mapping[str, Table]) -> dict[str, str]:
     table = next(iter(tables.values()))
     found = {
-        field: next((column for column in columns if column in table.columns), None)
+        field: next(column for column in columns if column in table.columns)
         for field, columns in USUAL.items()
+        if any(column in table.columns for column in columns)
     }
-    found = {field: column for field, column in found.items() if column}
     if len(table.audio_columns) != 1 or "text" not in found:
         raise UserError(
             f"{name}: its columns of audio and text cannot be told from {', '.join(table.columns)};"

@@ -72,7 +72,8 @@ class TFDSTable:
         if index not in self._heads:
             self._look(index)
         if column not in self._heads[index]:
-            self._heads[index][column] = samples_of(self.audio(index, columns), name)
+            audio = self.audio(index, columns)
+            self._heads[index][column] = None if audio is None else samples_of(audio, name)
         return self._heads[index][column]
 
     def _look(self, index: int) -> None:

@@ -71,7 +71,7 @@ def doctor(
             splits = {source.validation_split: opened[1][i], source.split: opened[0][i]}
         if source.mode == "online":
             findings += _examine_audio(source, settings.data, tokenizer, splits)
-        elif source.prompt is None or source.prompt.task != "chat":
+        elif not source.is_chat:
             findings += _examine_source(
                 source, settings.data, tokenizer, codec, device, sample, splits
             )
@@ -157,8 +157,5 @@ def _examine_source(
     )
     findings.append(Finding("ok", "records", f"looked at {examined} in {source.path}"))
     findings += check_scans(scans, data.max_length, data.too_long)
-    if source.validation_split == source.split:
-        message = "validation uses the clips that are trained on"
-        findings.append(Finding("warn", "leak", message, "set data.validation_split to another"))
     codes = np.asarray(open_utterances(source.path, next(iter(scans)))[0].codes)[:500]
     return findings + check_codec(read_metadata(source.path), codec, device, codes)

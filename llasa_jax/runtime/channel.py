@@ -136,6 +136,7 @@ class Channel:
     def _accept(self) -> None:
         while True:
             try:
+                assert self._server
                 sock, _ = self._server.accept()
             except OSError:
                 return  # closed at the end
@@ -147,7 +148,8 @@ class Channel:
         hello = peer.receive()
         if not hello or hello.get("kind") != "hello":
             return  # a port scanner, or another program
-        number, name = hello.get("host"), printable(str(hello.get("name")))
+        number = int(hello.get("host") or 0)
+        name = printable(str(hello.get("name")))
         problem = ""
         if hello.get("count") != self.count:
             problem = (

@@ -54,6 +54,7 @@ def explain(error: BaseException, path: str | os.PathLike | None = None) -> str 
     `path` is named where the error names no file. TensorStore and SQLite report a full disk only
     in their text, and others raise an OSError as the cause of an error of their own.
     """
+    number: int | None
     if is_full(error):
         number = errno.ENOSPC
     elif isinstance(error, OSError):
@@ -208,7 +209,11 @@ def read_yaml(
 def _checked(content: Any, name: str, kind: type, form: str, fix: str) -> Any:
     if isinstance(content, kind):
         return content
-    names = {dict: "an object of names and values", list: "a list", str: "a string"}
+    names: dict[type, str] = {
+        dict: "an object of names and values",
+        list: "a list",
+        str: "a string",
+    }
     raise UserError(f"{name} is not {names.get(kind, kind.__name__)} in {form}; {fix}")
 
 

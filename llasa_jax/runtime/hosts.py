@@ -170,7 +170,8 @@ def _fail(error: BaseException) -> None:
         text, status = f"{type(error).__name__}: {error}", 1
         traceback.print_exception(error)
     print(f"llasa-jax: error: {printable(text)}", file=sys.stderr, flush=True)
-    _channel.fail(text[:2000], status)
+    if _channel:
+        _channel.fail(text[:2000], status)
     os._exit(status)
 
 

@@ -220,10 +220,7 @@ class Settings:
             replace(source, prompt=source.prompt or self.prompt, mode=source.mode or data.mode)
             for source in listed
         ]
-        return [
-            replace(source, mode="offline") if source.prompt.task == "chat" else source
-            for source in listed
-        ]
+        return [replace(source, mode="offline") if source.is_chat else source for source in listed]
 
     @property
     def packing(self) -> dict:

@@ -34,7 +34,7 @@ class Source:
     to the other sources' weights.
     """
 
-    records: Sequence[Utterance] | Sequence[Conversation]
+    records: Sequence[Utterance] | Sequence[Conversation] | Sequence[Utterance | None]
     prompter: Prompter
     weight: float = 1.0
 

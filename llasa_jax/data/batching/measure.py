@@ -88,5 +88,12 @@ def measure(
     )
     scale = draws / count
     shares = np.bincount(source, kept, len(sources)) / kept.sum()
-    counts = (round(number * scale) for number in (len(used), (~fits).sum(), kept.sum(), rows))
-    return Fit(length, *counts, tuple(shares.tolist()), count == draws)
+    return Fit(
+        length=length,
+        clips=round(len(used) * scale),
+        too_long=round(int((~fits).sum()) * scale),
+        tokens=round(int(kept.sum()) * scale),
+        rows=round(rows * scale),
+        shares=tuple(shares.tolist()),
+        exact=count == draws,
+    )

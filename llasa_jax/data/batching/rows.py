@@ -116,7 +116,7 @@ def plan(
         ]
         dataset = grain.MapDataset.concatenate(every)[index::count]
     to_example = ToExample(sources, shape.length, too_long)
-    dataset = dataset.map(lambda draw: Planned(*draw, to_example(*draw))).filter(
+    dataset = dataset.map(lambda draw: Planned(draw[0], draw[1], to_example(*draw))).filter(
         lambda planned: planned.example is not None
     )
     clips = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
@@ -164,7 +164,8 @@ class _ToRows(grain.experimental.FlatMapTransform):
         self._length = length
 
     def flat_map(self, window: Sequence[Planned]) -> list[list[Planned]]:
-        rows = pack_rows([len(planned.example.tokens) for planned in window], self._length)
+        lengths = [len(planned.example.tokens) for planned in window if planned.example]
+        rows = pack_rows(lengths, self._length)
         return [[window[i] for i in row] for row in rows]
 
 
