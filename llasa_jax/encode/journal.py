@@ -11,7 +11,7 @@ import errno
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,6 @@ class Journal:
         if row is None or row[1:5] != self._made_from(index):
             return None
         return self._whole(row)
-
-    def items(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every clip's id and codes, whatever they were made from; damaged rows are left out."""
-        with self._explained():
-            for row in self._database.execute(f"SELECT {COLUMNS} FROM codes"):
-                codes = self._whole(row)
-                if codes is not None:
-                    yield row[0], codes
 
     def put(self, clips: Iterable[tuple[int, np.ndarray]]) -> None:
         """Keeps the codes of these clips, in one transaction."""

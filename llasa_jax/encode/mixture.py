@@ -59,13 +59,13 @@ def codec_of(sources: Sequence[SourceSettings], encoding: Codec | None = None) -
         if metadata.get("fingerprint", "unknown") != "unknown":
             known.setdefault(
                 metadata["fingerprint"],
-                (source.path, {name: metadata[name] for name in ("codec", "fingerprint")}),
+                (source.path, {name: metadata.get(name) for name in ("codec", "fingerprint")}),
             )
     if len(known) > 1:
-        (one, its), (other, others), *_ = known.values()
+        (first, codec), (second, other_codec), *_ = known.values()
         raise UserError(
-            f"{one} holds codes of {its['codec']} and {other} of {others['codec']}; encode both"
-            " with the same codec"
+            f"{first} holds codes of {codec['codec']} and {second} of {other_codec['codec']};"
+            " encode both with the same codec"
         )
     return next((codec for _, codec in known.values()), {})
 

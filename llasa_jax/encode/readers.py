@@ -162,7 +162,7 @@ def _read(sources: Sequence[AudioSource], pipe, max_seconds: float) -> None:
             return
         try:
             result = _checked(_wave(sources[source], index, max_seconds)), ""
-        except Exception as error:  # noqa: BLE001 decoders raise their own kinds, and one clip is not worth a run
+        except Exception as error:  # noqa: BLE001 decoders raise kinds of their own
             result = None, reason_of(error)
 
 
