@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from counting_codec import CountingCodec
 from places import SPEECH
 
 from llasa_jax.data import corpora
 from llasa_jax.data.manifest import file_key, read_manifest
+from llasa_jax.encode.offline import encode
 from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import audio_samples, read_audio
 
@@ -315,6 +317,8 @@ def test_emilia(tmp_path):
         np.testing.assert_array_equal(read_audio(clip.audio), read_audio(content))
         assert audio_samples(clip.audio) == audio_samples(content)
         assert file_key(clip.audio)[1] == len(content)
+    summary = encode(manifest, tmp_path / "out", CountingCodec())
+    assert (summary.encoded, summary.bad) == (2, 0)
 
     tar = tmp_path / "Emilia/EN/EN-B000000.tar"
     whole = tar.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,49 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
     assert key[0].endswith("/caf\\xe9/a.wav")
     assert key[1] == 3
     assert file_key("a\0b")[1:] == (-1, -1)
+
+
+@pytest.mark.filterwarnings("ignore:.*are not used")
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
+def test_damage_is_one_sentence(tmp_path, name):
+    """Bytes changed, cut out, doubled and put in at random places: clips, or one sentence."""
+    choose, path, refusals = random.Random(0), tmp_path / name, 0
+    row = {"text": "Hé said", "speaker": "a", "language": None, "duration": 1.5}
+    jsonl = "\n".join(json.dumps({"audio": f"x/{i}.wav", **row}) for i in range(5)).encode()
+    csv = "\n".join(f"L{i}|Text {i} hé|Text {i} hé" for i in range(5)).encode()
+    bits = [
+        b"\0",
+        b"\xff",
+        b"\r",
+        b"|",
+        b'"',
+        b"[",
+        b"null",
+        b"NaN",
+        b"1e999",
+        b"\\ud800",
+        b"\x1b[2J",
+    ]
+    for _ in range(300):
+        damaged = bytearray(jsonl if name == "m.jsonl" else csv)
+        for _ in range(choose.randint(1, 2)):
+            at, other = choose.randrange(len(damaged)), choose.randrange(len(damaged))
+            kind = choose.randrange(4)
+            if kind == 0:
+                damaged[at] = choose.randrange(256)
+            elif kind == 1:
+                del damaged[at : at + 9]
+            else:
+                damaged[at:at] = damaged[other : other + 20] if kind == 2 else choose.choice(bits)
+        path.write_bytes(damaged)
+        try:
+            clips = read_manifest(path)
+        except UserError as error:
+            assert str(error).startswith(str(path))  # noqa: PT017
+            refusals += 1
+        else:
+            assert all(clip.id and clip.text.strip() for clip in clips)
+    assert 50 < refusals < 300
 
 
 def test_the_corpus_of_this_repository():
