@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llasa_jax.convert.hf_files import read_json, write_json
+from llasa_jax.convert.hf_files import write_json
 from llasa_jax.convert.model_folder import (
     CHECKPOINTS,
     MODEL_FILE,
@@ -31,45 +31,17 @@ from llasa_jax.convert.model_folder import (
     read_description,
 )
 from llasa_jax.convert.names import EMBED, HEAD, LAYER, TOP, places
+from llasa_jax.convert.peft_config import TARGETS, WHOLE, read_config
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, SafetensorsWriter, cast
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, listed
 from llasa_jax.model.config import AdapterConfig, ModelConfig
-from llasa_jax.model.llama import INPUTS, LAYER_AXES, parameter_axes, sizes
-from llasa_jax.model.lora import MODULES, Adapter, adapter_config, split
-from llasa_jax.model.settings import LoraSettings
+from llasa_jax.model.llama import LAYER_AXES, parameter_axes, sizes
+from llasa_jax.model.lora import MODULES, Adapter, split
 from llasa_jax.model.sharding import make_mesh
+from llasa_jax.runtime import files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-TARGETS = {name: LAYER[name].rpartition(".")[2] for name in INPUTS if name in LAYER} | {
-    "embed": "embed_tokens",
-    "head": "lm_head",
-}
-# PEFT's names of whole modules match whatever ends in them.
-WHOLE = {
-    "norms": ("input_layernorm", "post_attention_layernorm", "norm"),
-    "embed": ("embed_tokens",),
-    "head": ("lm_head",),
-}
-# What PEFT's LoRA can do besides and is not read here, each with the values that ask for nothing.
-ONLY = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    **dict.fromkeys(
-        (
-            "layers_to_transform",
-            "layer_replication",
-            "target_parameters",
-            "exclude_modules",
-            "alora_invocation_tokens",
-        ),
-        (None, []),
-    ),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-}
 
 
 def base_name(model: str | Path) -> str:
@@ -135,12 +107,12 @@ def _read(folder: Path, model: Model, base: str) -> Adapter:
             f"{folder} holds no adapter: it has neither PEFT's {CONFIG} nor a LoRA run's"
             f" {MODEL_FILE}"
         )
-    told = read_json(folder / CONFIG)
-    adapters = _adapter_config(told, config, folder / CONFIG)
-    its_base = told.get("base_model_name_or_path") or ""
-    if its_base and base and Path(its_base).name.lower() != Path(base).name.lower():
+    values = files.read_json(folder / CONFIG, "the adapter's config", fix="save it again with PEFT")
+    adapters, matrices = read_config(values, config, folder / CONFIG)
+    made_for = values.get("base_model_name_or_path") or ""
+    if made_for and base and Path(made_for).name.lower() != Path(base).name.lower():
         raise UserError(
-            f"the adapter in {folder} was made for {its_base} and the model here is {base}; use its"
+            f"the adapter in {folder} was made for {made_for} and the model here is {base}; use its"
             f" own base, or correct base_model_name_or_path in its {CONFIG} if they are the same"
         )
     if not (folder / WEIGHTS).is_file():
@@ -154,31 +126,13 @@ def _read(folder: Path, model: Model, base: str) -> Adapter:
         )
         raise UserError(f"{folder} holds {what}; save the adapter with PEFT as {WEIGHTS}")
     stored = SafetensorsFolder(folder, WEIGHTS)
-    wanted = _names(config, adapters)
-    found = {
-        name for name in stored.tensors if ".base_layer." not in name
-    }  # PEFT's copies of the base's tables
-    if config.tie_word_embeddings and "embed" in adapters.modules:
-        found.discard(PREFIX + HEAD)
-    problems = {
-        "lacks": sorted(set(wanted) - found),
-        "has the unknown": sorted(found - set(wanted)),
+    # Matrices without factors, as those of other layers, keep factors of zero.
+    wanted = {
+        name: place
+        for name, place in _names(config, adapters).items()
+        if place[0][0] != "lora" or (place[0][1], place[1]) in matrices
     }
-    problems["has the misshapen"] = [
-        f"{name} {list(stored.tensors[name].shape)} instead of {list(shape)}"
-        for name, (_, _, shape) in wanted.items()
-        if name in found and stored.tensors[name].shape != shape
-    ]
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
-            for what, names in problems.items()
-            if names
-        )
-        raise UserError(
-            f"the adapter in {folder} is no pair with this model ({base or 'of no name'}): it"
-            f" {listed}; use its own base"
-        )
+    _check_tensors(folder, stored, wanted, config, adapters, base)
     size = sizes(config, adapters)
     _, axes = split(parameter_axes(config, adapters), adapters)
     params = jax.tree.map(
@@ -194,59 +148,44 @@ def _read(folder: Path, model: Model, base: str) -> Adapter:
     return Adapter(adapters, params)
 
 
-def _adapter_config(told: dict, config: ModelConfig, where: Path) -> AdapterConfig:
-    if told.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type is {told.get('peft_type')!r}, and only LORA is read")
-    for field, harmless in ONLY.items():
-        if field in told and told[field] not in harmless:
+def _check_tensors(
+    folder: Path,
+    stored: SafetensorsFolder,
+    wanted: dict,
+    config: ModelConfig,
+    adapters: AdapterConfig,
+    base: str,
+) -> None:
+    """UserError where the tensors of an adapter are not those that its config asks for."""
+    # PEFT also keeps copies of the base's tables.
+    found = {name for name in stored.tensors if ".base_layer." not in name}
+    if config.tie_word_embeddings and "embed" in adapters.modules:
+        embed, head = PREFIX + EMBED, PREFIX + HEAD
+        if {embed, head} <= found and stored.read(embed).tobytes() != stored.read(head).tobytes():
             raise UserError(
-                f"{where}: {field} is {told[field]!r}, which is not done here; only {harmless[0]!r}"
-                " is read"
+                f"the adapter in {folder} has weights of its own for embed_tokens and for lm_head,"
+                " and this model ties the two; merge the adapter into its base with PEFT's"
+                " merge_and_unload and import that model"
             )
-    targets = told.get("target_modules")
-    if not isinstance(targets, list):
-        raise UserError(
-            f"{where}: target_modules is {targets!r}; write it as a list of"
-            f" {', '.join(TARGETS.values())}"
+        found.discard(head)
+    problems = {
+        "lacks": sorted(set(wanted) - found),
+        "has the unknown": sorted(found - set(wanted)),
+        "has the misshapen": [
+            f"{name} {list(stored.tensors[name].shape)} instead of {list(shape)}"
+            for name, (_, _, shape) in wanted.items()
+            if name in found and stored.tensors[name].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        problem = "; ".join(
+            f"{what} {listed(names, most=1)}" for what, names in problems.items() if names
         )
-    ours = {theirs: name for name, theirs in TARGETS.items()}
-    unknown = [name for name in targets if name.rpartition(".")[2] not in ours]
-    if unknown:
         raise UserError(
-            f"{where}: the target {unknown[0]} is no part of this model; there are"
-            f" {', '.join(TARGETS.values())}"
+            f"the adapter in {folder} does not hold the tensors that its {CONFIG} asks for in this"
+            f" model ({base or 'of no name'}): it {problem}; use its own base, or save it again"
+            " with PEFT"
         )
-    whole = set(told.get("modules_to_save") or ())
-    modules = [
-        module
-        for module, names in WHOLE.items()
-        if {name.rpartition(".")[2] for name in whole} & set(names)
-    ]
-    if config.tie_word_embeddings and "head" in modules:
-        modules = [module for module in modules if module != "head"]
-    tokens = told.get("trainable_token_indices") or ()
-    if isinstance(tokens, dict):
-        lists = {tuple(sorted(ids)) for ids in tokens.values()}
-        if len(lists) > 1:
-            raise UserError(
-                f"{where}: trainable_token_indices differ between the tables; only the same in both"
-                " are read"
-            )
-        (tokens,) = lists or {()}
-    if not told.get("r", 8):
-        raise UserError(f"{where}: r is 0, which is no adapter; correct it")
-    settings = LoraSettings(
-        rank=told.get("r", 8),
-        alpha=told.get("lora_alpha", 8),
-        dropout=told.get("lora_dropout", 0.0),
-        targets=sorted({ours[name.rpartition(".")[2]] for name in targets}),
-        rslora=told.get("use_rslora", False),
-        train_also=[*modules, *map(str, tokens)],
-    )
-    try:
-        return adapter_config(settings, config, {str(token): token for token in tokens})
-    except UserError as error:
-        raise UserError(f"{where} asks for what this model cannot have: {error}") from None
 
 
 def _at(tree: dict, path: tuple[str, ...]) -> np.ndarray:
@@ -306,25 +245,25 @@ def write_adapter(
     """Writes PEFT's two files into `folder`. `base` is what PEFT will load under the adapter: HF's
     id or a path.
     """
-    its = adapter.config
+    adapters = adapter.config
     tied = config.tie_word_embeddings
-    wanted = _names(config, its)
-    if tied and "embed" in its.modules:
+    wanted = _names(config, adapters)
+    if tied and "embed" in adapters.modules:
         # PEFT would leave the head as it was
         wanted[PREFIX + HEAD] = wanted[PREFIX + EMBED]
-    modules = [name for module in its.modules for name in WHOLE[module]] + (
-        ["lm_head"] if tied and "embed" in its.modules else []
+    modules = [name for module in adapters.modules for name in WHOLE[module]] + (
+        ["lm_head"] if tied and "embed" in adapters.modules else []
     )
-    rows = list(its.rows)
-    told = {
+    rows = list(adapters.rows)
+    values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": its.rank,
-        "lora_alpha": its.alpha,
-        "lora_dropout": its.dropout,
-        "use_rslora": its.rslora,
-        "target_modules": [TARGETS[name] for name in its.targets],
+        "r": adapters.rank,
+        "lora_alpha": adapters.alpha,
+        "lora_dropout": adapters.dropout,
+        "use_rslora": adapters.rslora,
+        "target_modules": [TARGETS[name] for name in adapters.targets],
         "modules_to_save": modules or None,
         "trainable_token_indices": (
             ({"embed_tokens": rows} | ({} if tied else {"lm_head": rows})) if rows else None
@@ -334,7 +273,7 @@ def write_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    write_json(folder / CONFIG, told)
+    write_json(folder / CONFIG, values)
     shapes = {name: shape for name, (_, _, shape) in wanted.items()}
     with SafetensorsWriter(
         folder, shapes, dict.fromkeys(shapes, dtype), 1 << 62, single=WEIGHTS

@@ -173,7 +173,7 @@ def test_a_run_learns_keeps_only_what_it_trained_and_resumes(bases, trained, tmp
         np.testing.assert_allclose(losses(again)[step], numbers[step], rtol=1e-4)
 
 
-def peft_adapter(bases, folder, tied=True, seed=0, **options):
+def peft_adapter(bases, folder, tied=True, seed=0, change_all=False, **options):
     """An adapter made by PEFT alone, all of whose factors are at work."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(bases / f"hf-{tied}")
@@ -187,7 +187,7 @@ def peft_adapter(bases, folder, tied=True, seed=0, **options):
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or (change_all and weight.requires_grad):
                 weight.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(folder)
     return model
@@ -238,6 +238,58 @@ def test_in_from_peft(bases, tied, options, tmp_path):
         bases / f"ours-{tied}", tokens, adapters=[open_adapter(tmp_path, bases / f"ours-{tied}")]
     )
     np.testing.assert_allclose(ours, their_logits(theirs, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [
+        (True, {"target_modules": ["model.layers.1.self_attn.q_proj", "mlp.up_proj"]}),
+        (True, {"layers_to_transform": [1]}),
+        (True, {"layers_to_transform": 0, "layers_pattern": "layers"}),
+        (True, {"target_modules": r".*layers\.[01]\.(self_attn\.(k|o)|mlp\.gate)_proj"}),
+        (False, {"target_modules": "all-linear"}),
+        (True, {"init_lora_weights": "gaussian"}),
+        (True, {"init_lora_weights": "orthogonal"}),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        (True, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+        (True, {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+        (True, {"trainable_token_indices": [5, 65_900], "ensure_weight_tying": True}),
+        (False, {"modules_to_save": ["embed_tokens"]}),
+        (False, {"modules_to_save": ["lm_head"]}),
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}),
+        (True, {"target_modules": ["q_proj", "lm_head"]}),
+    ],
+)
+def test_what_is_accepted_gives_pefts_logits(bases, tied, options, tmp_path):
+    """All that is trained is changed, and PEFT itself loads what it saved."""
+    theirs = peft_adapter(bases, tmp_path, tied, change_all=True, **options)
+    tokens = some_tokens(theirs.config.vocab_size)
+    base = AutoModelForCausalLM.from_pretrained(bases / f"hf-{tied}")
+    expected = their_logits(PeftModel.from_pretrained(base, tmp_path), tokens)
+    model = bases / f"ours-{tied}"
+    ours = our_logits(model, tokens, adapters=[open_adapter(tmp_path, model)])
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert np.abs(ours - our_logits(model, tokens)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base's"),
+        ({"modules_to_save": ["embed_tokens"]}, "has only embed_tokens, which this model ties"),
+        ({"modules_to_save": ["lm_head"]}, "has only lm_head, which this model ties"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "weights of its own for embed_tokens"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+            "ensure_weight_tying with a table among target_modules",
+        ),
+    ],
+)
+def test_what_a_tied_model_or_a_plain_base_cannot_have(bases, options, complaint, tmp_path):
+    peft_adapter(bases, tmp_path, True, change_all=True, **options)
+    with pytest.raises(UserError, match=complaint):
+        open_adapter(tmp_path, bases / "ours-True")
 
 
 def test_several_adapters_in_one_batch(bases, trained, tmp_path):
@@ -301,6 +353,13 @@ def edit_config(folder, **changes):
             ),
         ),
         ({"r": 0}, "r is 0, which is no adapter"),
+        ({"r": "8"}, "r is '8', which it cannot be"),
+        ({"modules_to_save": "embed_tokens"}, "modules_to_save is 'embed_tokens', which it cannot"),
+        ({"trainable_token_indices": [10**9]}, "must be ids below"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'.* changes"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
+        ({"a_new_field": {"x": 1}}, "a_new_field is {'x': 1}, which is not done here"),
+        ({"use_bdlora": {"x": 1}}, "use_bdlora is {'x': 1}, which is not done here"),
         ({"target_modules": ["q_proj"]}, "it has the unknown .*v_proj.lora_A.weight and 3 more"),
         (
             {"target_modules": ["q_proj", "v_proj", "c_attn"]},
