@@ -1,5 +1,5 @@
 """Upstream's numbers: ids, labels and loss as its offline dataset class and HF's LLaMA make them,
-stated anew here from its behaviour.
+stated again here from its behaviour.
 
 A memmap row is [TU_S text TU_E SG_S codes SG_E], cut to the row's length and padded with
 <|eot_id|>. The chat template is tokenised with one TU_S and one SG_S in it, for which the row's two

@@ -24,7 +24,7 @@ def train(args) -> None:
 
 def tell_other_hosts(arguments: list[str], text: str) -> None:
     """Settings that this host refuses leave open whether there are others: if anything says so,
-    they are told, and need not wait for this one.
+    they are informed, and do not wait for this one.
     """
     asked = any(re.match(r"--mesh\.hosts(=true|$)", argument, re.I) for argument in arguments)
     for path in [argument.removeprefix("--config=") for argument in arguments]:

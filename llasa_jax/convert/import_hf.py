@@ -71,7 +71,7 @@ def import_hf(
     elif max(tokens.values()) >= old_vocab:
         raise UserError(
             f"{folder}: the tokenizer has {max(tokens.values()) + 1} tokens and the model"
-            f" {old_vocab}; they are no pair"
+            f" {old_vocab}; they do not match"
         )
     if config.tie_word_embeddings and {EMBED, HEAD} <= checkpoint.tensors.keys():
         _compare_head(checkpoint)

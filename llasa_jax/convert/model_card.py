@@ -21,7 +21,7 @@ def model_card(source: Path, origin: dict, repo: str, step: int | None, speaks: 
 
     `source` is the model's or run's folder, `origin` its `source` from `model.json`, `repo` the
     name the model will have, `step` the run's step (None if it was not trained here), `speaks`
-    whether its tokenizer has the speech tokens. Of paths only the last part is told.
+    whether its tokenizer has the speech tokens. Of paths only the last part is shown.
     """
     base = origin.get("base_model", "")
     front = {
@@ -65,19 +65,19 @@ def _training(source: Path, step: int | None) -> list[str]:
     if step is None or not path.is_file():
         return []
     settings = read_yaml(path, "the run's settings")
-    told = _without_folders(
+    shown = _without_folders(
         {
             group: values
             for group, values in settings.items()
             if group not in ("out", "log", "prompt")
         }
     )
-    data = told.get("data", {})
+    data = shown.get("data", {})
     names = ", ".join(f"`{each.get('path', '')}`" for each in data.get("sources") or [data])
     parts = [
         "## Training",
         f"Data: {names}. All settings:",
-        f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```",
+        f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```",
     ]
     numbers = ", ".join(
         f"{name.replace('_', ' ')} {number:.4g}"

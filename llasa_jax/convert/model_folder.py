@@ -188,7 +188,7 @@ def adapters_of(source: dict) -> tuple[AdapterConfig | None, Path | None]:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the adapters in a LoRA run's {MODEL_FILE} are damaged ({first_line(error)}); give"
-            " the command that trained it again, which writes the file anew"
+            " the command that trained it again, which writes the file again"
         ) from error
 
 

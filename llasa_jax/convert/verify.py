@@ -35,8 +35,8 @@ TOLERANCE = 1e-3
 @dataclass(frozen=True)
 class Verification:
     """`largest_difference` of two logits, `largest_logit` for its scale; `agreement`: how often the
-    likeliest next token is the same. `different` are the names of the tensors, out of `tensors`,
-    that are not equal bit for bit in the narrower of the two types.
+    most probable next token is the same. `different` are the names of the tensors, out of
+    `tensors`, that are not equal bit for bit in the narrower of the two types.
     """
 
     largest_difference: float
@@ -100,7 +100,7 @@ def verify(
     if hf_config.get("vocab_size") != config.vocab_size:
         raise UserError(
             f"{hf_dir} has {hf_config.get('vocab_size')} tokens and {our_checkpoint}"
-            f" {config.vocab_size}; they are no pair"
+            f" {config.vocab_size}; they do not match"
         )
     tokens = (
         np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)

@@ -122,7 +122,7 @@ def generate_codes(
             jax.random.key(settings.seed),
             prompt_slots=_bucket(lengths.max()),
             # The seed only makes the key: as part of what is compiled for, each seed would compile
-            # anew.
+            # again.
             settings=dataclasses.replace(settings, seed=0),
         )
     )
@@ -233,22 +233,28 @@ def load(
             f" {config.vocab_size}; import it again"
         )
     mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
-    params, (its, _) = load_params(folder, mesh, jnp.dtype(dtype), step, base), adapters_of(source)
+    params, (adapter_config, _) = (
+        load_params(folder, mesh, jnp.dtype(dtype), step, base),
+        adapters_of(source),
+    )
     distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
     if distinct:
-        if its:
+        if adapter_config:
             raise UserError(
                 f"{folder} is a LoRA run, which has its adapters already; give its base as the"
                 " model"
             )
         chosen = [distinct.index(adapter) if adapter else None for adapter in adapters]
         adapter = distinct[0] if {*chosen} == {0} else side_by_side(distinct, chosen, config)
-        its = adapter.config
+        adapter_config = adapter.config
         params = join(
-            params, place(adapter.params, abstract_params(config, mesh, jnp.dtype(dtype), its))
+            params,
+            place(adapter.params, abstract_params(config, mesh, jnp.dtype(dtype), adapter_config)),
         )
     model = nnx.eval_shape(
-        lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat="none", adapters=its)
+        lambda: Llama(
+            config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat="none", adapters=adapter_config
+        )
     )
     return nnx.graphdef(model), params, prompter, tokenizer
 
@@ -293,23 +299,24 @@ def generate(
     for line in lines:
         _check_request(Path(line.out), prompt_audio, prompt_text, max_seconds)
     wave = None if prompt_audio is None else read_audio(prompt_audio)
-    graphdef, params, of_model, tokenizer = load(
+    graphdef, params, model_prompter, tokenizer = load(
         model, dtype, step, tensor, [line.adapter for line in lines], base
     )
     # Before the codec, which takes longer to load, in case a text is refused.
     wanted = {"speaker": speaker, "description": description, "language": language}
     known = [line.adapter and line.adapter.prompt for line in lines]
     prompters = [
-        Prompter(tokenizer, PromptSettings(**prompt)) if prompt else of_model for prompt in known
+        Prompter(tokenizer, PromptSettings(**prompt)) if prompt else model_prompter
+        for prompt in known
     ]
     for line, prompter in zip(lines, prompters, strict=True):
         prompter.opening(line.text, **wanted)
     voice = load_codec(codec, device)
     _check_codec(model, voice)
-    heard = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
-    heard_too = {"prompt_text": prompt_text or "", "prompt_codes": heard}
+    prompt_codes = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
+    cloned = {"prompt_text": prompt_text or "", "prompt_codes": prompt_codes}
     prompts = [
-        prompter.opening(line.text, **wanted, **heard_too)
+        prompter.opening(line.text, **wanted, **cloned)
         for line, prompter in zip(lines, prompters, strict=True)
     ]
     limits = [
@@ -320,19 +327,23 @@ def generate(
         )
         for line in lines
     ]
-    stop_ids = [of_model.vocab.speech_end] + (
+    stop_ids = [model_prompter.vocab.speech_end] + (
         [] if sampling.speech_only else [tokenizer.convert_tokens_to_ids("<|eot_id|>")]
     )
 
     started = time.perf_counter()
-    results = generate_codes(graphdef, params, prompts, of_model.vocab, limits, sampling, stop_ids)
+    results = generate_codes(
+        graphdef, params, prompts, model_prompter.vocab, limits, sampling, stop_ids
+    )
     took = time.perf_counter() - started
     for line, result in zip(lines, results, strict=True):
-        _write(Path(line.out), result, heard, voice, took)
+        _write(Path(line.out), result, prompt_codes, voice, took)
     return results
 
 
-def _write(out: Path, result: Generated, heard: np.ndarray, voice: Codec, took: float) -> None:
+def _write(
+    out: Path, result: Generated, prompt_codes: np.ndarray, voice: Codec, took: float
+) -> None:
     if not len(result.codes):
         raise UserError(
             f"the model ended before any speech, so {out} was not written; try another seed or a"
@@ -340,7 +351,9 @@ def _write(out: Path, result: Generated, heard: np.ndarray, voice: Codec, took: 
         )
 
     # Decoded with the prompt, so that the first new codes sound as they do in context.
-    spoken = voice.decode(np.concatenate([heard, result.codes]))[len(heard) * voice.hop :]
+    spoken = voice.decode(np.concatenate([prompt_codes, result.codes]))[
+        len(prompt_codes) * voice.hop :
+    ]
     with new_file(out) as partial_out:
         write_audio(partial_out, spoken, voice.sample_rate)
     ending = (

@@ -1,5 +1,5 @@
 """How much work and traffic one training step is, from shapes alone, and how long devices take for
-it at the least.
+it at least.
 """
 
 from dataclasses import dataclass

@@ -219,10 +219,10 @@ def side_by_side(
                 " use it alone, or merge it"
             )
     configs = [adapter.config for adapter in adapters]
-    targets = tuple(name for name in INPUTS if any(name in its.targets for its in configs))
+    targets = tuple(name for name in INPUTS if any(name in part.targets for part in configs))
     rank, rows = (
-        sum(its.rank for its in configs),
-        tuple(token for its in configs for token in its.rows),
+        sum(part.rank for part in configs),
+        tuple(token for part in configs for token in part.rows),
     )
     together = AdapterConfig(targets, rank, alpha=rank, rows=rows, batch=len(of_rows))
     size = sizes(config, together)
@@ -236,20 +236,20 @@ def side_by_side(
     )
     at_rank = at_row = 0
     for number, adapter in enumerate(adapters):
-        its = adapter.config
-        for name in its.targets:
+        part = adapter.config
+        for name in part.targets:
             for factor, letters in axes["lora"][name].items():
                 window = [slice(None)] * len(letters)
-                window[letters.index("R")] = slice(at_rank, at_rank + its.rank)
+                window[letters.index("R")] = slice(at_rank, at_rank + part.rank)
                 params["lora"][name][factor][tuple(window)] = adapter.params["lora"][name][factor]
         for name, values in adapter.params.get("rows", {}).items():
-            params["rows"][name][at_row : at_row + len(its.rows)] = values
+            params["rows"][name][at_row : at_row + len(part.rows)] = values
         for row, chosen in enumerate(of_rows):
-            params["choice"]["lora"][row, at_rank : at_rank + its.rank] = its.scale * (
+            params["choice"]["lora"][row, at_rank : at_rank + part.rank] = part.scale * (
                 chosen == number
             )
-            params["choice"]["rows"][row, at_row : at_row + len(its.rows)] = chosen == number
-        at_rank, at_row = at_rank + its.rank, at_row + len(its.rows)
+            params["choice"]["rows"][row, at_row : at_row + len(part.rows)] = chosen == number
+        at_rank, at_row = at_rank + part.rank, at_row + len(part.rows)
     return Adapter(together, params)
 
 

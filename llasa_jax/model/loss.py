@@ -30,7 +30,7 @@ def chunked_cross_entropy(
     chunk: int,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of -log p(target) in nats, and how many targets are the likeliest token, over the
+    """The sum of -log p(target) in nats, and how many targets are the most probable token, over the
     tokens in `mask`.
 
     `table` may be padded beyond `vocab_size`: its padding takes no part. Both results are float32
@@ -205,8 +205,8 @@ def chunked_ranks(
     """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than
     the target, int32 [B, T].
 
-    For validation, in chunks and split over the mesh as above: a target is among the ten likeliest
-    where fewer than ten are likelier.
+    For validation, in chunks and split over the mesh as above: a target is among the ten most
+    probable where fewer than ten are likelier.
     """
     mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
     hidden, table = _tuple(hidden_BTD), _in_shares(_tuple(table_VD), _tuple(hidden_BTD), mesh)
@@ -235,9 +235,9 @@ def _ranks_on_device(vocab_size, chunk, hidden_BTD, table_VD, targets_BT):
         likelier_BC = jax.lax.psum(
             jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32), VOCABULARY
         )
-        mine = jax.lax.axis_index("fsdp") * B
+        first_row = jax.lax.axis_index("fsdp") * B
         return None, tuple(
-            jax.lax.dynamic_slice_in_dim(x, mine, B)
+            jax.lax.dynamic_slice_in_dim(x, first_row, B)
             for x in (logsumexp_BC - of_target_BC, likelier_BC)
         )
 

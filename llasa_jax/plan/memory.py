@@ -14,8 +14,8 @@ GIB = 2**30
 
 
 def held_gib(config: ModelConfig, settings: Settings, step) -> tuple[dict[str, float], float]:
-    """GiB a device of what stays through a step's backward pass, from the shapes and shardings of a
-    `TrainStep`; and GiB on the host.
+    """GiB per device of what stays through a step's backward pass, from the shapes and shardings of
+    a `TrainStep`; and GiB on the host.
     """
 
     def gib(tree, on_host=False) -> float:

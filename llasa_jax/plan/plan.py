@@ -77,7 +77,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step needs on one machine. Sizes are GiB a device; `memory_gib` says what the peak
+    """What one step needs on one machine. Sizes are GiB per device; `memory_gib` says what the peak
     is made of, `host_gib` what the settings that offload keep in the host's memory besides.
     """
 
@@ -246,7 +246,7 @@ def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> flo
 
 
 def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan | None:
-    """The plan with the most rows a device that fit; None if not even one does. Tells on stderr
+    """The plan with the most rows per device that fit; None if not even one does. Tells on stderr
     what it has tried.
 
     Every row takes about as much as the one before, so two tries say near which number to look.
@@ -286,7 +286,7 @@ def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan
     largest known is too small.
     """
     kind, device, gpus = parse_topology(topology)
-    # At the least: weights in few bits, or weights and gradients; what the optimizer keeps may lie
+    # At least: weights in few bits, or weights and gradients; what the optimizer keeps may lie
     # on the host.
     bytes_a_weight = (
         0.5 if settings.lora.rank else 2 * np.dtype(settings.model.param_dtype).itemsize
@@ -309,7 +309,7 @@ def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan
 def _tell(tried: Plan) -> Plan:
     verdict = f"{'fits' if tried.fits else 'does not fit'}, {tried.peak_hbm_gib:.2f} GiB"
     print(
-        f"{tried.topology}, {tried.rows_per_device:g} rows a device: {verdict}",
+        f"{tried.topology}, {tried.rows_per_device:g} rows per device: {verdict}",
         file=sys.stderr,
         flush=True,
     )
@@ -380,8 +380,8 @@ def _quiet():
 def _compiled_peak(
     step: TrainStep, accumulation: int, rows: int, length: int
 ) -> tuple[float, bool]:
-    """Peak GiB a device, and whether it fits: the compiler refuses what does not, and says how much
-    at least that would have taken.
+    """Peak GiB per device, and whether it fits: the compiler refuses what does not, and says how
+    much at least that would have taken.
     """
     try:
         analysis = step.compile(accumulation, rows, length).memory_analysis()
@@ -402,7 +402,7 @@ def describe(plan_: Plan, settings: Settings) -> str:
     lines = [
         (
             f"{'fits' if plan_.fits else 'DOES NOT FIT'}: {plan_.topology}, {plan_.device_count}"
-            f" devices ({mesh}), {plan_.rows_per_device:g} rows a device; {how}"
+            f" devices ({mesh}), {plan_.rows_per_device:g} rows per device; {how}"
         ),
         (
             "peak memory a device:"

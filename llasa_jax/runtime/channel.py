@@ -311,20 +311,20 @@ class Channel:
         """Host 0: tells every host but the `origin` of a failure, those that are still starting
         too, and waits until they have ended: when host 0 ends, JAX aborts the others.
         """
-        told: set[int] = set()
+        notified: set[int] = set()
         deadline = time.monotonic() + (LINGER if linger is None else linger)
         while True:
             for number, peer in [*self._peers.items()]:
-                if number not in told and number != origin:
+                if number not in notified and number != origin:
                     # The sentence of another host names it already; one of host 0 does not.
                     source = 0 if origin == 0 else None
                     peer.send(kind="failed", text=text, status=status, host=source)
-                    told.add(number)
+                    notified.add(number)
             if len(self._peers) == self.count - 1 or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         patience = time.monotonic() + GOODBYE
-        for number in told:
+        for number in notified:
             self._peers[number].closed.wait(max(0, patience - time.monotonic()))
         if origin:
             self._peers[origin].send(kind="told")

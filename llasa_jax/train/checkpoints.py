@@ -253,7 +253,8 @@ class Checkpoints:
         result, verdict, failure = None, READ, ""
         try:
             result = work()
-        except Exception as error:  # noqa: BLE001 Orbax, TensorStore and JSON each raise their own kinds
+        # Orbax, TensorStore and JSON each raise errors of their own kinds.
+        except Exception as error:  # noqa: BLE001
             failure = " ".join(str(error).split())[:200] or type(error).__name__
             unreadable = first_unreadable(self._folder / str(step))
             verdict = PASSING if unreadable or is_passing(error) else DAMAGE

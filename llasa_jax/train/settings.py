@@ -202,8 +202,8 @@ class Settings:
         tokens = self.train.rows * self.train.accumulation * self.data.max_length
         if tokens > MAX_TOKENS:
             raise UserError(
-                f"train.rows x train.accumulation x data.max_length is {tokens:,} tokens a step; it"
-                f" must be at most {MAX_TOKENS:,}"
+                f"train.rows x train.accumulation x data.max_length is {tokens:,} tokens per step;"
+                f" it must be at most {MAX_TOKENS:,}"
             )
         traced_steps(self.profile.steps, self.train.steps)
 
