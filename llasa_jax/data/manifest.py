@@ -319,7 +319,7 @@ def _pipe_row(where: str, line: str, names: list[str]) -> dict[str, str]:
 
 def _check(where: str, row: dict[str, str]) -> None:
     for key, value in row.items():
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise UserError(
                 f"{where}: {key!r} has half of a surrogate pair (\\ud800..\\udfff); write the whole"
                 " character."
