@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -338,6 +338,8 @@ def _check_entry(key: str, value: Any, path: Path, known: dict[str, Any]) -> Non
     """Refuses an unknown key, and what YAML takes for another type where a text is wanted."""
     _check_key(key, str(path), known)
     wanted = known[key]
+    if value is None and wanted not in (str, list[str]) and type(None) not in get_args(wanted):
+        raise UserError(f"{key} in {path} is null; give it a value, or leave it out")
     values = value if wanted == list[str] and isinstance(value, list) else [value]
     for text in values if wanted in (str, list[str]) else []:
         if text is None:
