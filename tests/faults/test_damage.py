@@ -167,6 +167,7 @@ def test_weights_of_a_run(run, mesh):
     check(outcomes(files, read, BYTES, 60, 3), 0.7)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on(model, run, tmp_path):
     """Whatever is damaged in the newest checkpoint, training goes on from a whole one and ends with
     the same weights, or says why it does not.
@@ -180,7 +181,7 @@ def test_a_run_that_goes_on(model, run, tmp_path):
 
     whole, rng = goes_on(run), np.random.default_rng(4)
     counts = Counter()
-    for case in range(12):
+    for case in range(8):
         folder = tmp_path / f"run{case}"
         shutil.copytree(run, folder)
         paths = sorted(files_of(folder / "checkpoints/2"))
