@@ -51,7 +51,16 @@ def checksums(tree) -> dict[str, list[int]]:
         sharding = getattr(leaf, "sharding", None)
         if getattr(sharding, "memory_kind", None) == "pinned_host":
             leaf = jax.device_put(leaf, sharding.with_memory_kind("device"))
-        sums[keys] = _device_checksum(leaf, STACKED in keys.split("."))
+        stacked = STACKED in keys.split(".")
+        if (
+            sharding
+            and {device.platform for device in sharding.device_set} == {"cpu"}
+            and leaf.is_fully_replicated
+        ):
+            # XLA does not vectorise these products on the CPU: NumPy is five times as fast.
+            sums[keys] = [checksum(x) for x in np.asarray(leaf)] if stacked else checksum(leaf)
+        else:
+            sums[keys] = _device_checksum(leaf, stacked)
     # One wait for all: the sums above were only queued.
     return {name: np.asarray(value).reshape(-1).tolist() for name, value in sums.items()}
 
