@@ -5,6 +5,7 @@ Both spellings are read: that of transformers 4 (`rope_theta`, `rope_scaling`, `
 that of 5 (`rope_parameters`, `dtype`). Absent fields have the defaults of HF's `LlamaConfig`.
 """
 
+import math
 from pathlib import Path
 
 from llasa_jax.errors import UserError
@@ -19,6 +20,8 @@ DEFAULTS = {
     "max_position_embeddings": 2048,
 }
 ROPE_THETA, RMS_NORM_EPS = 10_000.0, 1e-6
+# Beyond any model: larger numbers are damage, and would take hours and all memory to refuse later.
+MOST_LAYERS, MOST = 4096, 1 << 24
 HONOURED = {
     *DEFAULTS,
     *(
@@ -52,8 +55,8 @@ ONLY = {
     "chunk_size_feed_forward": (0,),
     "sliding_window": (None,),
 }
-# Of no effect on the logits: ids that generation uses, how weights were once drawn, HF's own
-# bookkeeping.
+# Of no effect on the logits: what generation uses, how weights were once drawn, the bookkeeping of
+# transformers and of others that write its files.
 HARMLESS = {
     *(
         "bos_token_id",
@@ -72,7 +75,23 @@ HARMLESS = {
         "output_attentions",
         "output_hidden_states",
         "return_dict",
+        "tokenizer_class",
+        "finetuning_task",
+        "task_specific_params",
+        "is_decoder",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "unsloth_fixed",
+        "unsloth_version",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
     ),
+    *("max_length", "min_length", "do_sample", "num_beams", "temperature", "top_k", "top_p"),
+    *("typical_p", "repetition_penalty", "length_penalty", "num_return_sequences"),
+    *("num_beam_groups", "sep_token_id", "decoder_start_token_id", "diversity_penalty"),
 }
 
 
@@ -82,7 +101,7 @@ def model_config(config: dict, where: Path) -> ModelConfig:
     """
 
     def refuse(field: str, why: str, value=None):
-        raise UserError(f"{where}: {field} is {config.get(field, value)!r}, {why}")
+        raise UserError(f"{where}: {field} is {repr(config.get(field, value))[:200]}, {why}")
 
     if config.get("model_type") != "llama":
         refuse("model_type", "but only 'llama' is read; use a Llama or Llasa checkpoint")
@@ -100,6 +119,14 @@ def model_config(config: dict, where: Path) -> ModelConfig:
                 )
             refuse(field, f"which this model cannot do; only {harmless[0]!r} is read")
 
+    known = HONOURED | HARMLESS | ONLY.keys()
+    for field, value in config.items():
+        if field not in known and value not in (None, False, [], {}):
+            raise UserError(
+                f"{where}: {field[:100]} is {repr(value)[:100]}, which is not known here and may"
+                " change what the model computes; remove it from the file if it does not"
+            )
+
     sizes = {field: config.get(field, default) for field, default in DEFAULTS.items()}
     heads = sizes["num_attention_heads"]
     sizes["num_key_value_heads"] = (
@@ -108,14 +135,18 @@ def model_config(config: dict, where: Path) -> ModelConfig:
     for field, size in sizes.items():
         if type(size) is not int or size < 1:
             refuse(field, "but must be a whole number above zero; correct it")
+        if size > (MOST_LAYERS if field == "num_hidden_layers" else MOST):
+            refuse(field, "which is more than any model has; download the file again")
     sizes["head_dim"] = (
         sizes["hidden_size"] // heads if config.get("head_dim") is None else config["head_dim"]
     )
-    if type(sizes["head_dim"]) is not int or sizes["head_dim"] < 2 or sizes["head_dim"] % 2:
+    width = sizes["head_dim"]
+    if type(width) is not int or not 2 <= width <= MOST or width % 2:
         refuse(
             "head_dim",
-            "but must be an even number, for rotary embeddings turn pairs of channels; correct it",
-            sizes["head_dim"],
+            "but must be an even number, because rotary embeddings turn pairs of channels; correct"
+            " it",
+            width,
         )
     if heads % sizes["num_key_value_heads"]:
         refuse(
@@ -123,7 +154,7 @@ def model_config(config: dict, where: Path) -> ModelConfig:
             f"which does not divide num_attention_heads, {heads}; correct one of them",
         )
     eps = config.get("rms_norm_eps", RMS_NORM_EPS)
-    if not isinstance(eps, int | float) or eps < 0:
+    if not isinstance(eps, int | float) or not 0 <= eps < 1:
         refuse("rms_norm_eps", "but must be a small number; correct it")
     theta, scaling = _rope(config, where, sizes["max_position_embeddings"])
     tie = config.get("tie_word_embeddings", False)
@@ -151,7 +182,7 @@ def _rope(config: dict, where: Path, positions: int) -> tuple[float, RopeScaling
         )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     theta = rope.get("rope_theta", config.get("rope_theta", ROPE_THETA))
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise UserError(
             f"{where}: rope_theta is {theta!r}, but must be a number above zero; correct it"
         )
@@ -180,7 +211,11 @@ def _rope(config: dict, where: Path, positions: int) -> tuple[float, RopeScaling
             f"{where}: {field} of type 'llama3' is incomplete ({error}); take the model's original"
             " config.json"
         ) from None
-    if high <= low or factor < 1:
+    if not (
+        low < high < math.inf
+        and 1 <= factor < math.inf
+        and scaling.original_max_position_embeddings > 0
+    ):
         raise UserError(
             f"{where}: {field} needs high_freq_factor above low_freq_factor and a factor of at"
             " least 1; correct it"

@@ -36,6 +36,8 @@ class HfReader:
         self._names: dict[str, dict[int, str]] = {}
         for name, place in self.table.items():
             self._names.setdefault(place.path, {})[place.layer or 0] = name
+        # Those in the checkpoint, of one layer: tables have no rows of padding.
+        self.shapes = {path: self.table[names[0]].shape for path, names in self._names.items()}
         self.dtypes = {
             path: self.checkpoint.tensors[names[0]].dtype for path, names in self._names.items()
         }

@@ -88,13 +88,19 @@ def _training(source: Path, step: int | None) -> list[str]:
 
 def _without_folders(value):
     """The same settings with only the last part of every path: where things lie on this machine is
-    nobody's business.
+    nobody's business. Hub ids and prompts, which have slashes too, stay whole.
     """
     if isinstance(value, dict):
         return {name: _without_folders(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part) for part in value]
-    return Path(value).name if isinstance(value, str) and "/" in value else value
+    return Path(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    if "/" not in text or "{" in text or len(text) > 1000:
+        return False
+    return text.startswith(("/", "~", "./", "../")) or Path(text).exists()
 
 
 def _last_numbers(path: Path, step: int) -> dict[str, float]:

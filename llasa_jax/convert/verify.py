@@ -142,11 +142,13 @@ def _compare_tensors(
     for path in theirs.dtypes:
         narrow = min(reader.dtypes[path], theirs.dtypes[path], key=lambda dtype: dtype.itemsize)
         ours, hf = Sums(path), Sums(path)
+        stacked = path.startswith("layers.")
         for start, piece in reader.pieces(path):
-            ours.add(start, cast(piece, narrow))
+            # Padding of a table may hold anything: it is in neither the model nor an export.
+            rows = piece if stacked else piece[: max(0, theirs.shapes[path][0] - start)]
+            ours.add(start, cast(rows, narrow))
         for start, piece in theirs.pieces(path):
             hf.add(start, cast(piece, narrow))
-        stacked = path.startswith("layers.")
         for index, (a, b) in enumerate(zip(ours.sums, hf.sums, strict=True)):
             if a != b:
                 different.append(names[path, index if stacked else None])

@@ -177,6 +177,15 @@ def test_every_honoured_field_has_a_reader(field):
         ("vocab_size", -1),
         ("hidden_size", "2048"),
         ("tie_word_embeddings", "yes"),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**12),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", float("inf")),
+        ("rope_theta", float("nan")),
+        ("rope_scaling", {**V4["rope_scaling"], "factor": float("nan")}),
+        ("use_qk_norm", True),
+        ("attn_logit_softcapping", 50),
+        ("auto_map", {"AutoModel": "model.Mine"}),
     ],
 )
 def test_config_is_refused_by_name(field, value):
@@ -216,6 +225,67 @@ def test_index_names_a_tensor_that_its_file_lacks(hf):
     index["weight_map"]["model.extra.weight"] = sorted(hf.glob("*.safetensors"))[0].name
     (hf / INDEX).write_text(json.dumps(index))
     refuses(hf, r"model\.extra\.weight")
+
+
+def rewrite_header(shard, change):
+    """Rewrites a safetensors file's header, as bytes, and keeps its tensors."""
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = change(json.loads(data[8 : 8 + length]))
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def change_first(**values):
+    def change(header):
+        name = next(name for name in header if name != "__metadata__")
+        return header | {name: header[name] | values}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_first(data_offsets=["0", "64"]),
+        change_first(data_offsets=[-64, 0]),
+        change_first(data_offsets=[0, 64, 128]),
+        change_first(shape=["4", 4]),
+        change_first(shape=[1 << 62, 4]),
+        change_first(dtype=5),
+        lambda header: header | {"other": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+        lambda header: [1, 2],
+        lambda header: {"a": None},
+        lambda header: b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        lambda header: b'{"\xff": 1}',
+        lambda header: (
+            {"x" * 1_000_000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}} | header
+        ),
+    ],
+)
+def test_malicious_headers_are_one_sentence(hf, change):
+    rewrite_header(sorted(hf.glob("*.safetensors"))[0], change)
+    out = hf.parent / "out"
+    with pytest.raises(UserError) as error:
+        import_hf(hf, out)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+def test_a_header_that_claims_30_gigabytes(hf):
+    shard = sorted(hf.glob("*.safetensors"))[0]
+    with shard.open("r+b") as file:
+        file.write((30 << 30).to_bytes(8, "little"))
+        file.truncate(31 << 30)  # of holes
+    refuses(hf, "damaged header")
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "../model.safetensors", "/etc/hostname", 5, None])
+def test_an_index_names_files_beside_it_only(hf, name):
+    index = json.loads((hf / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (hf / INDEX).write_text(json.dumps(index))
+    refuses(hf, "index.json is damaged")
 
 
 def test_all_wrong_names_are_told_at_once(hf):

@@ -155,6 +155,9 @@ def test_card_tells_the_run_and_no_paths(tmp_path):
         "data": {"path": "/home/me/data/kore", "max_length": 2048},
         "optimizer": {"learning_rate": 1e-5},
         "log": {"wandb": "secret"},
+        "lora": {"init": "../adapters/mine"},
+        "online": {"codec": "HKUSTAudio/xcodec2-hf"},
+        "chat": {"user": "Say it calmly and/or slowly: {text}"},
     }
     assert SETTINGS == SETTINGS_FILE
     (tmp_path / SETTINGS).write_text(yaml.safe_dump(settings))
@@ -177,9 +180,13 @@ def test_card_tells_the_run_and_no_paths(tmp_path):
         "loss 5.5",
         "# voice",
         'from_pretrained("me/voice")',
+        "codec: HKUSTAudio/xcodec2-hf",
+        "Say it calmly and/or slowly: {text}",
+        "init: mine",
     ):
         assert told in card
     assert "/home" not in card
+    assert "adapters/" not in card
     assert "secret" not in card
     plain = model_card(tmp_path, {"base_model": "folder"}, "x", None, speaks=False)
     assert "base_model" not in yaml.safe_load(plain.split("---")[1])
