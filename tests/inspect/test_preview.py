@@ -93,8 +93,7 @@ def test_settings_can_be_overridden(place, tokenizer, loaded, capsys):
     assert tokenizer.decode(learned).startswith("<|TEXT_GENERATION_START|>word")
     assert main(["preview", f"--config={place / 'recipe.yaml'}", "--data.pth=x"]) == 2
     assert "unknown setting data.pth" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["preview", f"--config={place / 'recipe.yaml'}", "--count=0"])
+    assert main(["preview", f"--config={place / 'recipe.yaml'}", "--count=0"]) == 2
     assert "--count: must be at least 1 and at most 1,000,000 but is 0" in capsys.readouterr().err
 
 
