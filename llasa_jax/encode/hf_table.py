@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llasa_jax.encode.tables import Audio, TableAudio, samples_of
+from llasa_jax.encode.tables import Audio, TableAudio, as_floats, samples_of
 from llasa_jax.errors import UserError
 
 SPLIT_NAMES = {"val": "validation", "dev": "validation", "valid": "validation"}
@@ -113,7 +113,7 @@ class HFTable:
                 f"the column {columns['audio']!r} holds samples without a usable sample rate"
                 f" ({rate}); name the column of their rate, in Hz, as rate=COLUMN."
             )
-        return np.asarray(audio, np.float32), int(rate)
+        return as_floats(np.asarray(audio)), int(rate)
 
     def samples(self, index: int, columns: dict[str, str], name: str) -> int | None:
         audio = self.audio(index, columns)

@@ -113,6 +113,7 @@ class TableAudio(AudioSource):
         assigned = assign_splits(clips, 0.0 if "validation" in tables else validation_share, seed)
         self.split_names = [assigned[clip] for clip in self.ids]
         self._stamps = {split: _stamp(table.files) for split, table in tables.items()}
+        self._of_paths = {split for split, table in tables.items() if self._holds_path(table)}
 
     def utterance(self, index: int) -> Utterance:
         split, row = self._rows[index]
@@ -121,6 +122,10 @@ class TableAudio(AudioSource):
 
     def key(self, index: int) -> tuple[str, int, int]:
         split, row = self._rows[index]
+        if split in self._of_paths and isinstance(
+            path := self._tables[split].audio(row, self._audio), str
+        ):
+            return file_key(path)
         return f"{self.name}, {split} {row}", *self._stamps[split]
 
     def samples(self, index: int) -> int:
@@ -145,6 +150,13 @@ class TableAudio(AudioSource):
                 f"{self._where(index)}: no text in {self._texts['text']!r}; give it one, or leave"
                 " the row out."
             )
+
+    def _holds_path(self, table: Table) -> bool:
+        """Whether a table's audio lies in files of its own, by its first row."""
+        try:
+            return len(table) > 0 and isinstance(table.audio(0, self._audio), str)
+        except UserError:
+            return False  # every row will say what is wrong
 
     def _there(self, index: int, value):
         if value is None:
@@ -213,6 +225,19 @@ def samples_of(audio: Audio, name: str) -> int:
         if isinstance(audio, tuple)
         else audio_samples(audio, name)
     )
+
+
+def as_floats(samples: np.ndarray) -> np.ndarray:
+    """Samples of any type as float32 in [-1, 1]; integers are of 16 bits or of 32."""
+    if samples.dtype.kind == "i":
+        # Wider types hold 16-bit samples, or 32-bit ones, among which 16 bits would be silence.
+        sixteen = (
+            samples.dtype.itemsize == 2
+            or not samples.size
+            or np.abs(samples.astype(np.int64)).max() <= 2**15
+        )
+        samples = samples / np.float32(2**15 if sixteen else 2**31)
+    return samples.astype(np.float32)
 
 
 def _stamp(files: Iterable[str]) -> tuple[int, int]:

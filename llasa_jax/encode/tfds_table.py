@@ -5,9 +5,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-
-from llasa_jax.encode.tables import Audio, TableAudio, samples_of
+from llasa_jax.encode.tables import Audio, TableAudio, as_floats, samples_of
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.files import read_json
 from llasa_jax.speech.audio import resampled_length
@@ -108,15 +106,7 @@ class TFDSTable:
                 f"{self._folder}: does not say the sample rate of {column!r}; prepare it with a"
                 " newer version of TFDS."
             )
-        if audio.dtype.kind == "i":
-            # Wider types hold 16-bit samples, or 32-bit ones, among which 16 bits would be silence.
-            sixteen = (
-                audio.dtype.itemsize == 2
-                or not audio.size
-                or np.abs(audio.astype(np.int64)).max() <= 2**15
-            )
-            audio = audio / np.float32(2**15 if sixteen else 2**31)
-        return audio.astype(np.float32), rate
+        return as_floats(audio), rate
 
 
 def is_tfds_folder(path: str | os.PathLike) -> bool:

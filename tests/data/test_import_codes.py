@@ -17,6 +17,7 @@ from llasa_jax.cli import main
 from llasa_jax.data.builder import open_dataset, read_metadata
 from llasa_jax.data.import_codes import import_codes
 from llasa_jax.encode.hf_dataset import import_hf_dataset
+from llasa_jax.encode.hf_table import open_hf_audio
 from llasa_jax.encode.tables import parse_columns
 from llasa_jax.errors import UserError
 
@@ -349,12 +350,13 @@ def sounds(tmp_path):
     return [(tmp_path / f"saved/wavs/{i}.wav").read_bytes() for i in range(4)]
 
 
-@pytest.mark.parametrize("form", ["paths", "bytes", "samples", "structs"])
+@pytest.mark.parametrize("form", ["paths", "bytes", "samples", "integers", "structs"])
 def test_hf_audio_in_every_form(tmp_path, hf, sounds, form):
     values = {
         "paths": ["wavs/0.wav", *(str(tmp_path / f"saved/wavs/{i}.wav") for i in (1, 2, 3))],
         "bytes": sounds,
         "samples": [tone.tolist() for tone in TONES],
+        "integers": [(tone * 2**15).astype(np.int16).tolist() for tone in TONES],
         "structs": [{"bytes": sound, "path": "x.wav"} for sound in sounds],
     }[form]
     table = hf.Dataset.from_dict({"sound": values, "text": list("abcd"), "hz": [16000] * 4})
@@ -363,11 +365,14 @@ def test_hf_audio_in_every_form(tmp_path, hf, sounds, form):
     if form == "samples":
         with pytest.raises(UserError, match=r"without a usable sample rate .*as rate=COLUMN"):
             import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
+    if form in ("samples", "integers"):
         columns["rate"] = "hz"
     import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
     found = records(tmp_path / "out", "train")
+    rounding = 2 if form == "integers" else 0
     for i, codes in enumerate(Levels().encode(TONES)):
-        np.testing.assert_array_equal(found[f"train_{i:08d}"]["codes"], codes)
+        made = found[f"train_{i:08d}"]["codes"].astype(int)
+        np.testing.assert_allclose(made, codes.astype(int), rtol=0, atol=rounding)
     # No copy of the corpus, and nothing else, was left beside it.
     assert {path.name for path in tmp_path.iterdir()} - {"out.bad.jsonl"} == {"out", "saved"}
 
@@ -453,3 +458,16 @@ def test_hf_audio_again_is_done_already(tmp_path, hf, sounds, capsys):
     again = import_hf_dataset(tmp_path / "saved", tmp_path / "out", columns, Levels(), workers=1)
     assert again == first
     assert "done already" in capsys.readouterr().out
+
+
+def test_hf_paths_count_as_files(tmp_path, hf, sounds):
+    """Codes in a journal count for the same file, not for the same table."""
+    paths = [str(tmp_path / f"saved/wavs/{i}.wav") for i in range(4)]
+    hf.Dataset.from_dict({"sound": paths, "text": list("abcd")}).save_to_disk(tmp_path / "saved")
+    columns = {"audio": "sound", "text": "text"}
+    source = open_hf_audio(tmp_path / "saved", columns)
+    before = [source.key(i) for i in range(4)]
+    os.utime(paths[2], ns=(1, 1))
+    after = [open_hf_audio(tmp_path / "saved", columns).key(i) for i in range(4)]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False, True]
+    assert before[1][0] == paths[1]
