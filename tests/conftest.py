@@ -39,3 +39,47 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def prompter(tokenizer):
     return Prompter(tokenizer)
+
+
+# Files whose tests train, compile for TPUs, start processes or load many models. They have more
+# than 20 seconds of work each, and `make check` leaves them out. Single tests elsewhere are marked
+# where they stand.
+SLOW = {
+    "codec/test_codec.py",
+    "codec/test_codec_original.py",
+    "convert/test_convert.py",
+    "convert/test_convert_programs.py",
+    "convert/test_convert_speech.py",
+    "convert/test_open_model.py",
+    "convert/test_peft_adapter.py",
+    "data/test_import_codes.py",
+    "encode/test_audio_tables.py",
+    "encode/test_encode.py",
+    "encode/test_journal.py",
+    "encode/test_online.py",
+    "encode/test_online_process.py",
+    "generate/test_generate.py",
+    "model/test_lora.py",
+    "model/test_model.py",
+    "model/test_quantize.py",
+    "model/test_sharding.py",
+    "plan/test_plan.py",
+    "runtime/test_channel.py",
+    "runtime/test_signals.py",
+    "speech/test_audio_files.py",
+    "test_end_to_end.py",
+    "test_upstream.py",
+    "train/test_checkpoint.py",
+    "train/test_crash.py",
+    "train/test_train.py",
+    "train/test_train_step.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    root = Path(__file__).parent
+    missing = [name for name in SLOW if not (root / name).is_file()]
+    assert not missing, f"tests/conftest.py lists slow files that do not exist: {missing}"
+    for item in items:
+        if item.path.relative_to(root).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)

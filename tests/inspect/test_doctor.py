@@ -327,6 +327,7 @@ def at_hand(tokenizer, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_whole_examination(tmp_path, model, at_hand, capsys):
     at_hand()
     store(tmp_path / "good", train=speech(60), validation=speech(10, 1, prefix="v"))
@@ -366,6 +367,7 @@ def test_the_whole_examination(tmp_path, model, at_hand, capsys):
     assert "lacks llasa_speech-train" in bad.message
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, model, at_hand, capsys, monkeypatch):
     clips = speech(60)
     store(tmp_path / "good", train=clips)

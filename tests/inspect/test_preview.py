@@ -47,6 +47,7 @@ def place(tokenizer, tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_json_is_what_training_sees(place, tokenizer, capsys):
     assert (
         main(["preview", "--config", str(place / "recipe.yaml"), "--count", "100", "--json"]) == 0
