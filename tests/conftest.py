@@ -71,6 +71,8 @@ SLOW = {
     "test_upstream.py",
     "train/test_checkpoint.py",
     "train/test_crash.py",
+    "train/test_finetune.py",
+    "train/test_golden.py",
     "train/test_train.py",
     "train/test_train_step.py",
 }
