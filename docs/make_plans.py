@@ -26,9 +26,9 @@ GPUS = {"1x24gb": "rtx4090:1", "1x80gb": "h100:1", "8x80gb": "h100:8"}
 # The machines on which each recipe is planned: overlays, or machines without one.
 PLANNED = {
     "llasa_1b_full": ["1x24gb", "1x80gb", "8x80gb", "v5e_2x4", "v5p_2x2x1", "v6e_2x2"],
-    "llasa_3b_full": ["h100:1", "8x80gb", "v5e_2x4", "v5p_2x2x1", "v6e_2x2"],
-    "llasa_8b_full": ["8x80gb", "v5e_4x4", "v5p_2x2x2", "v6e_2x4"],
-    "llasa_1b_lora": ["rtx4090:1", "h100:1", "v5e:1x1", "v5e:2x2", "v6e:1x1"],
+    "llasa_3b_full": ["h100:1", "8x80gb", "v5e:2x4", "v5p_2x2x1", "v6e:2x2"],
+    "llasa_8b_full": ["8x80gb", "v5e:4x4", "v5p_2x2x2", "v6e:2x4"],
+    "llasa_1b_lora": ["rtx4090:1", "h100:1", "v5e:1x1"],
     "llasa_3b_lora": ["rtx4090:1", "h100:1", "v5e:2x2", "v6e:1x1"],
     "llasa_8b_lora": ["h100:1", "v5e:2x2", "v6e:1x1"],
     "llasa_8b_qlora": ["rtx4090:1", "h100:1", "v5e:1x1", "v5e:2x2"],
@@ -42,11 +42,12 @@ recipe with a machine's settings; no overlay changes the batch or what is learne
 `1x24gb`, which trains with AdaFactor. The other recipes (`llasa_1b_asr`, `llasa_1b_description`,
 `llasa_1b_keep_chat`, `llasa_1b_online`) need what `llasa_1b_full` needs.
 
-Memory and times are per device, for rows of 2,048 tokens. TPU plans are compiled by XLA's TPU
-compiler; GPU plans are **estimates** from shapes, which no GPU has confirmed. The time of a step is
-a lower bound (the longest of arithmetic, memory and links at their peak rates); half that speed is
-usual. The last column is that bound for {HOURS} hours of speech, for as many epochs as the recipe
-says. This page is printed by `docs/make_plans.py`.
+Recipes recompute most of the forward pass (`model.remat=full`), which fits the smallest machines;
+overlays keep more where there is room. Memory and times are per device, for rows of 2,048 tokens.
+TPU plans are compiled by XLA's TPU compiler; GPU plans are **estimates** from shapes, which no GPU
+has confirmed. The time of a step is a lower bound (the longest of arithmetic, memory and links at
+their peak rates); half that speed is usual. The last column is that bound for {HOURS} hours of
+speech, for as many epochs as the recipe says. This page is printed by `docs/make_plans.py`.
 """
 
 

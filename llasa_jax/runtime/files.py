@@ -6,16 +6,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llasa_jax.errors import UserError, first_line, printable
 
 MiB = 1 << 20
+MOST_NESTED = 100
 DOWNLOAD_AGAIN = "copy it again from its source"
 FULL = errno.ENOSPC, errno.EDQUOT
 # What PyYAML raises for a scalar that does not fit its tag, such as `!!bool 5` or `!!int ''`.
@@ -192,6 +195,10 @@ def read_yaml(
     name = f"{shortened(os.fspath(path))}: {what}"
     text = read_text(path, what, fix=fix, limit=limit)
     try:
+        # PyYAML takes minutes over some thousand brackets before it gives up.
+        brackets = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+        if max(accumulate(brackets), default=0) > MOST_NESTED:
+            raise RecursionError
         content = yaml.safe_load(text)
         _check_expansion(content)
     except RecursionError:

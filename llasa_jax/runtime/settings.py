@@ -113,17 +113,16 @@ def check(settings: Any, name: str = "") -> None:
         elif isinstance(value, list) and value and is_dataclass(value[0]):
             for at, member in enumerate(value):
                 check(member, f"{full}[{at}]")
-        else:
+        elif value is not None or not list(groups_of(field_.type)):
             _check_value(full, value, field_.metadata.get("allowed"))
     if hasattr(settings, "check"):
         settings.check(name)
 
 
 def _check_value(name: str, value: Any, allowed: Allowed | None) -> None:
-    texts = [text for text in (value if isinstance(value, list) else [value]) if text == "null"]
-    if texts:
+    if {None, "null"} & {*(value if isinstance(value, list) else [value])}:
         # YAML's null where a text is wanted would become the text "null".
-        raise UserError(f"{name} is null; leave it out, or give '' for an empty text")
+        raise UserError(f"{name} is null; give it a value, or leave it out")
     if allowed and not allowed.takes(value):
         shown = repr(value) if isinstance(value, str) else str(value)
         shown = shown if len(shown) <= 80 else f"{shown[:80]}..."

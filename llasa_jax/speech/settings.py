@@ -96,7 +96,7 @@ class PromptSettings:
         return filled
 
     def _check_template(self, name: str, template: str) -> None:
-        for field in fields_of(template):
+        for field in fields_of(template, name):
             if field not in FIELDS:
                 raise UserError(
                     f"{name} mentions {{{field}}}, which no utterance has; use any of"
@@ -129,21 +129,21 @@ class PromptSettings:
                     )
 
 
-def fields_of(template: str) -> list[str]:
-    """Names of the fields that a template mentions, in order. UserError if it is malformed, or
-    formats a field in any way.
+def fields_of(template: str, name: str = "prompt") -> list[str]:
+    """Names of the fields that a template mentions, in order. UserError, with its setting's `name`,
+    if it is malformed, or formats a field in any way.
     """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(
-            f"the prompt's template {template!r} is malformed ({error}); write {{{{ and }}}} for"
+            f"{name}: the template {template!r} is malformed ({error}); write {{{{ and }}}} for"
             " braces of its own"
         ) from None
     for _, field, spec, conversion in parts:
         if spec or conversion:
             raise UserError(
-                f"the prompt's template {template!r} formats {{{field}}}; write {{{field}}} alone,"
+                f"{name}: the template {template!r} formats {{{field}}}; write {{{field}}} alone,"
                 " for the model must see it as it is"
             )
     return [field for _, field, _, _ in parts if field is not None]

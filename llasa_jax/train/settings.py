@@ -5,6 +5,7 @@ experiment; unknown keys are errors.
 import difflib
 import re
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -252,6 +253,7 @@ def parse_settings(arguments: list[str]) -> Settings:
     return Settings(**vars(parser.instantiate(parsed)))
 
 
+@cache
 def settings_parser():
     """The parser of `llasa-jax train`, whose help explains every setting."""
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -340,10 +342,15 @@ def _check_entry(key: str, value: Any, path: Path, known: dict[str, Any]) -> Non
     wanted = known[key]
     if value is None and wanted not in (str, list[str]) and type(None) not in get_args(wanted):
         raise UserError(f"{key} in {path} is null; give it a value, or leave it out")
+    if is_dataclass(wanted) and not isinstance(value, dict):
+        raise UserError(
+            f"{key} in {path} is {value!r}, but a group of"
+            " settings; give it some of them, or leave it out"
+        )
     values = value if wanted == list[str] and isinstance(value, list) else [value]
     for text in values if wanted in (str, list[str]) else []:
         if text is None:
-            raise UserError(f"{key} in {path} is null; leave it out, or give '' for an empty text")
+            raise UserError(f"{key} in {path} is null; give it a value, or leave it out")
         if not isinstance(text, str | list | dict):
             raise UserError(f"{key} in {path} is {text}, which is not a text; put it in quotes")
 
