@@ -5,8 +5,7 @@
     model.layers.{l}.self_attn.q_proj.lora_B.weight     lora.q.b[l]      [N*H, R] -> [N, H, R]
     model.embed_tokens.lora_embedding_A, ..._B          lora.embed.a, b  [R, vocab_size], [D, R]
     model.embed_tokens.token_adapter.trainable_tokens_delta    rows.embed       [X, D]
-model.norm.weight                                   norm             of a module that is trained
-whole
+    model.norm.weight                                   norm             of a module trained whole
 
 Tables are padded to V. Letters as in `llasa_jax.model.llama`.
 """
@@ -31,9 +30,11 @@ from llasa_jax.convert.model_folder import (
     read_description,
 )
 from llasa_jax.convert.names import EMBED, HEAD, LAYER, TOP, places
+from llasa_jax.convert.params_io import recorded_checksums, write_checksums
 from llasa_jax.convert.peft_config import TARGETS, WHOLE, read_config
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, SafetensorsWriter, cast
 from llasa_jax.errors import UserError, listed
+from llasa_jax.model.checksum import checksum, compare
 from llasa_jax.model.config import AdapterConfig, ModelConfig
 from llasa_jax.model.llama import LAYER_AXES, parameter_axes, sizes
 from llasa_jax.model.lora import MODULES, Adapter, split
@@ -133,6 +134,7 @@ def _read(folder: Path, model: Model, base: str) -> Adapter:
         if place[0][0] != "lora" or (place[0][1], place[1]) in matrices
     }
     _check_tensors(folder, stored, wanted, config, adapters, base)
+    sums = recorded_checksums(folder)  # none beside an adapter that PEFT itself wrote
     size = sizes(config, adapters)
     _, axes = split(parameter_axes(config, adapters), adapters)
     params = jax.tree.map(
@@ -140,7 +142,9 @@ def _read(folder: Path, model: Model, base: str) -> Adapter:
     )
     for name, (path, layer, _) in wanted.items():
         part = _at(params, path) if layer is None else _at(params, path)[layer]
-        value = cast(stored.read(name), np.dtype(np.float32))
+        found = stored.read(name)
+        compare({name: [checksum(found)]}, sums, folder / WEIGHTS)
+        value = cast(found, np.dtype(np.float32))
         if path == ("lora", "embed", "a"):
             part[:, : value.shape[1]] = value
         else:
@@ -242,8 +246,8 @@ def _names(
 def write_adapter(
     folder: Path, adapter: Adapter, config: ModelConfig, base: str, dtype: np.dtype
 ) -> None:
-    """Writes PEFT's two files into `folder`. `base` is what PEFT will load under the adapter: HF's
-    id or a path.
+    """Writes PEFT's two files, and the checksums of the tensors, into `folder`. `base` is what PEFT
+    will load under the adapter: HF's id or a path.
     """
     adapters = adapter.config
     tied = config.tie_word_embeddings
@@ -275,6 +279,7 @@ def write_adapter(
     }
     write_json(folder / CONFIG, values)
     shapes = {name: shape for name, (_, _, shape) in wanted.items()}
+    sums = {}
     with SafetensorsWriter(
         folder, shapes, dict.fromkeys(shapes, dtype), 1 << 62, single=WEIGHTS
     ) as writer:
@@ -282,6 +287,7 @@ def write_adapter(
             value = _at(adapter.params, path) if layer is None else _at(adapter.params, path)[layer]
             if path == ("lora", "embed", "a"):
                 value = value[:, : shape[1]]
-            writer.write(
-                name, cast(np.ascontiguousarray(value.reshape(-1, *shape[1:])[: shape[0]]), dtype)
-            )
+            value = cast(np.ascontiguousarray(value.reshape(-1, *shape[1:])[: shape[0]]), dtype)
+            writer.write(name, value)
+            sums[name] = [checksum(value)]
+    write_checksums(folder, sums)

@@ -32,6 +32,7 @@ from llasa_jax.convert.model_folder import (
     write_description,
 )
 from llasa_jax.convert.names import places
+from llasa_jax.convert.peft_adapter import open_adapter
 from llasa_jax.convert.safetensors_io import SafetensorsFolder
 from llasa_jax.convert.verify import verify
 from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer
@@ -236,6 +237,18 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(imported, tmp_path):
     about.write_text(json.dumps({"checksums": {"params": {"norm": "x"}}}))
     with pytest.raises(UserError, match="list of checksums is damaged"):
         load(run, "float32")
+
+
+def test_a_flipped_bit_of_an_exported_adapter_is_found(run, hf, tmp_path):
+    export_hf(run, tmp_path / "adapter", lora="adapter")
+    adapter = open_adapter(tmp_path / "adapter", hf)
+    for a, b in zip(
+        jax.tree.leaves(adapter.params), jax.tree.leaves(open_adapter(run, hf).params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    flip(tmp_path / "adapter" / "adapter_model.safetensors", -1)
+    with pytest.raises(UserError, match=r"safetensors is damaged: the checksum of .*lora_"):
+        open_adapter(tmp_path / "adapter", hf)
 
 
 def test_damage_to_small_files_is_one_sentence(imported, tmp_path):
