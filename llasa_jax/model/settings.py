@@ -15,7 +15,7 @@ class ModelSettings:
     """The model to finetune, and its arithmetic."""
 
     path: str = setting("", path=True, resume=True)
-    """Folder of the model, as import-hf makes it."""
+    """Folder of the model, as import-hf makes it; or a Hugging Face folder or hub id."""
     dtype: Dtype = "bfloat16"
     """Type of the arithmetic: activations, and copies of the weights in matrix products."""
     param_dtype: Dtype = "float32"
