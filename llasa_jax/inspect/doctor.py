@@ -157,5 +157,7 @@ def _examine_source(
     )
     findings.append(Finding("ok", "records", f"looked at {examined} in {source.path}"))
     findings += check_scans(scans, data.max_length, data.too_long)
-    codes = np.asarray(open_utterances(source.path, next(iter(scans)))[0].codes)[:500]
+    split = next(iter(scans))
+    records = opened.get(split) or open_utterances(source.path, split)
+    codes = np.asarray(records[0].codes)[:500]
     return findings + check_codec(read_metadata(source.path), codec, device, codes)
