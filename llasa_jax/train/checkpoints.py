@@ -338,7 +338,8 @@ class Checkpoints:
         with self._explained():
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                Path(tempfile.mkdtemp(prefix=".writable.", dir=self._folder)).rmdir()
+                with tempfile.TemporaryFile(dir=self._folder):
+                    pass
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

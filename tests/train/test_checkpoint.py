@@ -353,7 +353,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_at_once(run, monkeypatch):
 
     began = time.monotonic()
     with Checkpoints(run, 9, clips=3) as checkpoints:
-        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
         with pytest.raises(UserError, match="could not be written .*Permission denied"):
             checkpoints.save(8, tree(8), tree(-8), data())
         with pytest.raises(UserError, match="goes on after step 6"):
