@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from llasa_jax.convert.model_folder import check_base, load_tokenizer, saved_steps
+from llasa_jax.convert.model_folder import check_base, load_tokenizer, open_model, saved_steps
 from llasa_jax.convert.peft_adapter import open_adapter
 from llasa_jax.data.builder import dataset_fingerprint
 from llasa_jax.data.seal import SEAL
@@ -87,7 +87,7 @@ def compare_hosts(settings: Settings, records: Sequence[Sequence]) -> None:
         return
     facts: dict[str, object] = {
         "the devices of a host": hosts.devices(),
-        "the model": folder_digest(Path(settings.model.path)),
+        "the model": folder_digest(open_model(settings.model.path).folder),
     }
     for source, clips in zip(settings.sources, records, strict=True):
         facts[f"the number of clips of {source.path}"] = len(clips)

@@ -12,7 +12,6 @@ model, in the `about` of a run's checkpoint. Every reader compares them.
 
 import json
 import math
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from llasa_jax.model.checksum import checksum, checksums, compare
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.quantize import Quantized
 from llasa_jax.runtime.files import is_full, read_json
+from llasa_jax.runtime.library_path import library_path
 
 ABOUT, CHECKSUMS = "about", "checksums.json"
 D_CHUNKS = 8  # the devices of one host: the usual size of the `fsdp` axis, which D is split over
@@ -62,7 +62,8 @@ class ParamsWriter:
             for path, axes in self._axes.items()
         }
         where.mkdir(parents=True)
-        self._folder = _StorePath(where.absolute())
+        self._alias = library_path(where)  # lasts as long as this object
+        self._folder = self._alias.__enter__()
         self._arrays = {path: self._create(path) for path in self._shapes}
         tree = {
             str(tuple(path.split("."))): {
@@ -146,22 +147,6 @@ class ParamsWriter:
             write_checksums(self._where, self._sums)
 
 
-class _StorePath:
-    """A folder's path as TensorStore takes it. A backslash becomes a slash there, so a path with
-    one is reached through a symbolic link, which lasts as long as this object.
-    """
-
-    def __init__(self, where: Path):
-        self._path = where
-        if "\\" in str(where):
-            self._links = tempfile.TemporaryDirectory()
-            self._path = Path(self._links.name) / "params"
-            self._path.symlink_to(where, target_is_directory=True)
-
-    def __str__(self) -> str:
-        return str(self._path)
-
-
 class ParamsReader:
     """The parameters in an Orbax checkpoint of ours, wherever and however sharded they were saved.
 
@@ -180,7 +165,8 @@ class ParamsReader:
         layout = read_json(metadata, "the checkpoint's layout", fix="use another checkpoint")
         if not {"use_ocdbt", "use_zarr3"} <= layout.keys():
             raise UserError(f"{metadata} is damaged; use another checkpoint")
-        self._folder = _StorePath(self.where)
+        self._alias = library_path(self.where)  # lasts as long as this object
+        self._folder = self._alias.__enter__()
         self._expected, self._arrays = recorded_checksums(self.where), {}
         for path, shape in shapes.items():
             kvstore = {"driver": "file", "path": f"{self._folder}/{path}/"}
