@@ -5,8 +5,10 @@ it at least.
 from dataclasses import dataclass
 from math import prod
 
+import jax
+
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization
-from llasa_jax.model.llama import adapter_axes, sizes
+from llasa_jax.model.llama import INPUTS, LAYER_AXES, adapter_axes, parameter_axes, sizes
 from llasa_jax.model.lora import count
 from llasa_jax.runtime.hardware import Device
 
@@ -38,14 +40,15 @@ class StepShape:
 
 def layer_weights(config: ModelConfig) -> int:
     """Weights of all layers' matrices."""
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    return config.num_hidden_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+    size, matrices = sizes(config), [axes for name, axes in LAYER_AXES.items() if name in INPUTS]
+    return size["L"] * sum(prod(size[letter] for letter in axes) for axes in matrices)
 
 
 def all_weights(config: ModelConfig) -> int:
-    tables = 1 if config.tie_word_embeddings else 2
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return layer_weights(config) + tables * config.padded_vocab_size * config.hidden_size + norms
+    """Weights of the whole model, its tables padded."""
+    size = sizes(config)
+    leaves = jax.tree.leaves(parameter_axes(config))
+    return sum(prod(size[letter] for letter in axes) for axes in leaves)
 
 
 def model_flops_per_token(

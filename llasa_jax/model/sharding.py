@@ -5,6 +5,7 @@ vocabulary.
 """
 
 from functools import partial
+from math import prod
 
 import jax
 import numpy as np
@@ -89,6 +90,19 @@ def make_mesh(
             f" hand: {error}"
         ) from None
     return _rows_by_process(Mesh(arranged, MESH_AXES, axis_types=axis_types))
+
+
+def row_devices(mesh: Mesh, rows: int = 0) -> int:
+    """Over how many devices the rows of a batch are split. UserError where `rows` do not divide
+    over them.
+    """
+    count = prod(mesh.shape[axis] for axis in ROWS[0])
+    if rows % count:
+        raise UserError(
+            f"train.rows={rows} does not divide over mesh.data x mesh.fsdp = {count}; choose a"
+            " multiple of it"
+        )
+    return count
 
 
 def _rows_by_process(mesh: Mesh) -> Mesh:

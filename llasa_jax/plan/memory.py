@@ -7,6 +7,8 @@ import jax
 
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
+from llasa_jax.model.flops import layer_weights
+from llasa_jax.model.sharding import row_devices
 from llasa_jax.train.offload import HOST
 from llasa_jax.train.settings import Settings
 
@@ -30,7 +32,7 @@ def held_gib(config: ModelConfig, settings: Settings, step) -> tuple[dict[str, f
         )
 
     tensor = step.mesh.shape["tensor"]
-    rows = settings.train.rows / (step.mesh.shape["data"] * step.mesh.shape["fsdp"])
+    rows = settings.train.rows / row_devices(step.mesh)
     elements = rows * settings.data.max_length * config.num_hidden_layers
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     products = 2 * config.hidden_size + (heads + 3 * config.intermediate_size) / tensor
@@ -53,10 +55,10 @@ def working_gib(config: ModelConfig, settings: Settings, mesh) -> float:
     loss needs besides, whichever is more.
     """
     tensor = mesh.shape["tensor"]
-    rows = settings.train.rows / (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = settings.train.rows / row_devices(mesh)
     item = 2 if settings.model.dtype == "bfloat16" else 4
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    weights = (2 * heads + 3 * config.intermediate_size) * config.hidden_size / tensor
+    weights = layer_weights(config) / config.num_hidden_layers / tensor
     widths = 10 * config.hidden_size + (6 * heads + 7 * config.intermediate_size) / tensor
     # Of a layer's weights in the arithmetic's type, of the next one's, and their gradients; frozen
     # ones have none.

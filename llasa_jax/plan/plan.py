@@ -21,10 +21,10 @@ from jax.sharding import AbstractMesh, AxisType
 from llasa_jax.convert import model_folder
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig, RopeScaling
-from llasa_jax.model.flops import StepShape, model_flops, step_seconds
+from llasa_jax.model.flops import StepShape, all_weights, model_flops, step_seconds
 from llasa_jax.model.lora import MODULES, adapter_config
 from llasa_jax.model.lora import count as count_parameters
-from llasa_jax.model.sharding import make_mesh, mesh_sizes
+from llasa_jax.model.sharding import make_mesh, mesh_sizes, row_devices
 from llasa_jax.plan.memory import advice, held_gib, is_out_of_memory, working_gib
 from llasa_jax.runtime.hardware import (
     GPUS,
@@ -142,21 +142,18 @@ def plan(
             devices=devices,
             slices=settings.mesh.slices,
         )
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    split_over = row_devices(mesh)
     if rows_per_device:
         settings = dataclasses.replace(
-            settings, train=dataclasses.replace(settings.train, rows=rows_per_device * row_devices)
+            settings,
+            train=dataclasses.replace(settings.train, rows=rows_per_device * split_over),
         )
     rows, length, accumulation = (
         settings.train.rows,
         settings.data.max_length,
         settings.train.accumulation,
     )
-    if rows % row_devices:
-        raise UserError(
-            f"train.rows={rows} does not divide over mesh.data x mesh.fsdp = {row_devices}; choose"
-            " a multiple of it"
-        )
+    row_devices(mesh, rows)
     # What is only estimated has no platform to choose an attention for.
     model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
     if not estimated:
@@ -168,12 +165,7 @@ def plan(
         config,
         {},
     )
-    kept = {
-        "frozen_dtype": lora.frozen_dtype,
-        "quantization": lora.quantize,
-        "offload": settings.optimizer.offload,
-    }
-    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, **kept)
+    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, **settings.step_options)
     held, on_host = held_gib(config, settings, step)
     if estimated:
         peak = sum(held.values()) + working_gib(config, settings, mesh)
@@ -189,7 +181,7 @@ def plan(
         topology=topology,
         device_count=mesh.size,
         mesh=dict(mesh.shape),
-        rows_per_device=rows / row_devices,
+        rows_per_device=rows / split_over,
         estimated=estimated,
         fits=fits,
         peak_hbm_gib=round(peak, 4),
@@ -294,7 +286,7 @@ def search_slice(settings: Settings, config: ModelConfig, topology: str) -> Plan
     for shape in [f"{n}" for n in (1, 2, 4, 8)] if gpus else device.slices:
         name = f"{kind}:{shape}"
         chips = int(shape) if gpus else prod(map(int, shape.split("x"))) * device.devices_per_chip
-        at_least = bytes_a_weight * sum(np.prod(leaf) for leaf in _shapes(config)) / chips / 2**30
+        at_least = bytes_a_weight * all_weights(config) / chips / 2**30
         if settings.mesh.data == 1 and at_least > device.memory:
             continue
         try:
@@ -314,15 +306,6 @@ def _tell(tried: Plan) -> Plan:
         flush=True,
     )
     return tried
-
-
-def _shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    from llasa_jax.model.llama import parameter_axes, sizes
-
-    return [
-        tuple(sizes(config)[letter] for letter in axes)
-        for axes in jax.tree.leaves(parameter_axes(config))
-    ]
 
 
 def _machine(topology: str, slices: int) -> tuple[list, Device | None]:

@@ -14,7 +14,7 @@ from llasa_jax.data.batching import BatchShape, Source, measure, sources_of
 from llasa_jax.data.seal import read_seal
 from llasa_jax.errors import UserError
 from llasa_jax.model.lora import adapter_config
-from llasa_jax.model.sharding import make_mesh
+from llasa_jax.model.sharding import make_mesh, row_devices
 from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.offload import check_host_memory
@@ -87,12 +87,7 @@ def prepare(
             f" {config.vocab_size}; the tokenizer does not match the model"
         )
     shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
-    row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if shape.rows % row_devices:
-        raise UserError(
-            f"train.rows={shape.rows} does not divide over mesh.data x mesh.fsdp = {row_devices};"
-            " choose a multiple of it"
-        )
+    row_devices(mesh, shape.rows)
     if settings.train.keep_best and not held_out:
         raise UserError(
             "train.keep_best needs a validation loss; name a split in data.validation_split, or"
@@ -119,9 +114,7 @@ def prepare(
         range(vocab.code_base, vocab.code_base + NUM_CODES),
         adapters=adapter_config(settings.lora, config, tokenizer.get_vocab()),
         seed=settings.train.seed,
-        frozen_dtype=settings.lora.frozen_dtype,
-        quantization=settings.lora.quantize,
-        offload=settings.optimizer.offload,
+        **settings.step_options,
     )
     profiler = Profiler(Path(settings.out), settings.profile.steps, steps)
     samples = None

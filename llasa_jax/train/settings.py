@@ -229,6 +229,15 @@ class Settings:
         return {"pack": self.data.pack, "too_long": self.data.too_long, "seed": self.train.seed}
 
     @property
+    def step_options(self) -> dict:
+        """What a `TrainStep` needs to know besides the model: how weights and state are kept."""
+        return {
+            "frozen_dtype": self.lora.frozen_dtype,
+            "quantization": self.lora.quantize,
+            "offload": self.optimizer.offload,
+        }
+
+    @property
     def voice(self) -> PromptSettings:
         """How the trained model is asked to speak: the prompt of the first source that teaches it
         to, or of the first of all.
