@@ -96,10 +96,12 @@ def compare_hosts(settings: Settings, records: Sequence[Sequence]) -> None:
 
 
 def source_digest(path: str) -> str:
-    """Tells a dataset (by its fingerprint), a manifest or another source by its content."""
+    """Tells a dataset, a manifest or another source by its content, or by its name where it is on
+    the hub.
+    """
     if (Path(path) / SEAL).is_file():
         return dataset_fingerprint(path)
-    return folder_digest(Path(path))
+    return folder_digest(Path(path)) if Path(path).exists() else path
 
 
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:

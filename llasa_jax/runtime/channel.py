@@ -134,9 +134,8 @@ class Channel:
             peer.closed.wait(0.5)
 
     def _accept(self) -> None:
-        while True:
+        while self._server:
             try:
-                assert self._server
                 sock, _ = self._server.accept()
             except OSError:
                 return  # closed at the end
@@ -148,8 +147,8 @@ class Channel:
         hello = peer.receive()
         if not hello or hello.get("kind") != "hello":
             return  # a port scanner, or another program
-        number = int(hello.get("host") or 0)
-        name = printable(str(hello.get("name")))
+        name, number = printable(str(hello.get("name"))), hello.get("host")
+        number = number if isinstance(number, int) else -1
         problem = ""
         if hello.get("count") != self.count:
             problem = (

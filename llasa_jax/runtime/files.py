@@ -57,13 +57,10 @@ def explain(error: BaseException, path: str | os.PathLike | None = None) -> str 
     `path` is named where the error names no file. TensorStore and SQLite report a full disk only
     in their text, and others raise an OSError as the cause of an error of their own.
     """
-    number: int | None
-    if is_full(error):
-        number = errno.ENOSPC
-    elif isinstance(error, OSError):
-        number = error.errno
-    else:
+    full = is_full(error)
+    if not full and not isinstance(error, OSError):
         return None
+    number = errno.ENOSPC if full else getattr(error, "errno", None)
     # Of a rename, what is in the way is its destination.
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     name = os.fsdecode(name) if isinstance(name, str | bytes) else path
@@ -216,11 +213,7 @@ def read_yaml(
 def _checked(content: Any, name: str, kind: type, form: str, fix: str) -> Any:
     if isinstance(content, kind):
         return content
-    names: dict[type, str] = {
-        dict: "an object of names and values",
-        list: "a list",
-        str: "a string",
-    }
+    names: dict[type, str] = {dict: "an object of names and values", list: "a list"}
     raise UserError(f"{name} is not {names.get(kind, kind.__name__)} in {form}; {fix}")
 
 

@@ -136,21 +136,31 @@ def report_failure(text: str, status: int) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around what all hosts do: an error on this host ends all of them, with its sentence.
-
-    Ends the process on an error where there are several hosts: what unwinds (such as a checkpoint
-    that waits for the other hosts) would wait for those that have just been told to end.
-    """
+    """Around all that the hosts do: an error on this host ends all of them, with its sentence."""
     try:
-        yield
+        with failing_together():
+            yield
     except SystemExit:  # all hosts have agreed to stop
         _finish()
         raise
+    _finish()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Where there are several hosts, an error inside ends all of them, and this process at once.
+
+    It belongs innermost as well, inside contexts that wait for the other hosts when they are left
+    (such as checkpoints): those would wait for hosts that wait for this one.
+    """
+    try:
+        yield
+    except SystemExit:
+        raise
     except BaseException as error:
         if _channel:
-            _fail(error)
+            _fail(_channel, error)
         raise
-    _finish()
 
 
 def _finish() -> None:
@@ -158,7 +168,7 @@ def _finish() -> None:
         _channel.finish()
 
 
-def _fail(error: BaseException) -> None:
+def _fail(channel: Channel, error: BaseException) -> None:
     if not isinstance(error, KeyboardInterrupt):
         time.sleep(CONSEQUENCE)  # the channel ends the process if another host has failed
     known = isinstance(error, UserError | OSError)
@@ -170,8 +180,7 @@ def _fail(error: BaseException) -> None:
         text, status = f"{type(error).__name__}: {error}", 1
         traceback.print_exception(error)
     print(f"llasa-jax: error: {printable(text)}", file=sys.stderr, flush=True)
-    if _channel:
-        _channel.fail(text[:2000], status)
+    channel.fail(text[:2000], status)
     os._exit(status)
 
 

@@ -80,6 +80,8 @@ def run(
                 checkpoints,
                 job.profiler,
                 Metrics(job.run, settings.log, state.step) as metrics,
+                # Before the checkpoints are left, which would wait for the other hosts.
+                hosts.failing_together(),
             ):
                 loop = Loop(job, state, data, held_out, pipeline, checkpoints, metrics, stop)
                 loop.run()

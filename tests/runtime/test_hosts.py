@@ -1,0 +1,166 @@
+"""Two processes that finetune together, and one of which fails, differs or dies: both end soon, and
+both say why.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from places import FIXTURES, ROOT
+from tiny_run import make_clips, make_model
+
+from llasa_jax.data.builder import write_dataset
+from llasa_jax.errors import UserError
+from llasa_jax.runtime import hosts
+
+pytestmark = pytest.mark.slow
+TOGETHER = 30.0  # seconds after the first word of one host, in which the other must end
+SETTINGS = (
+    *("--mesh.hosts=true", "--model.dtype=float32", "--model.remat=none", "--model.loss_chunk=32"),
+    *("--data.max_length=128", "--data.doctor=off", "--train.rows=2", "--train.steps=100000"),
+    *("--log.every=1", "--log.tensorboard=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("hosts") / "model")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts") / "records"
+    rows = [
+        {"id": clip.id, "text": clip.text, "codes": clip.codes}
+        | {"speaker": clip.speaker, "description": "", "language": ""}
+        for clip in make_clips()
+    ]
+    write_dataset(folder, {"train": iter(rows)}, {"codec": "tiny", "fingerprint": "unknown"})
+    return folder
+
+
+def start(folder, *changes, where=(None, None)):
+    """Both hosts; `changes` are each one's own settings, `where` the folders that they start in.
+    Their output goes to files.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for number, own in enumerate(changes):
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "SLURM_JOB_ID": str(port),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(len(changes)),
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "PYTHONPATH": f"{FIXTURES}:{ROOT}",
+        }
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as e:
+            command = [sys.executable, "-m", "llasa_jax.cli", "train", *SETTINGS, *own]
+            processes.append(
+                subprocess.Popen(command, env=environment, cwd=where[number], stdout=out, stderr=e)
+            )
+    return processes
+
+
+def until(folder, word, processes, seconds=200):
+    """Waits until a host has printed a word, and returns the time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        texts = [path.read_text(errors="replace") for path in folder.glob("?.[oe]*")]
+        if any(word in text for text in texts):
+            return time.monotonic()
+        if all(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.1)
+    raise AssertionError(f"no {word!r} in: {texts}")
+
+
+def ended(folder, processes, since):
+    """Status and last line of every host; fails where one is still there after `TOGETHER`."""
+    try:
+        for process in processes:
+            process.wait(max(0.1, since + TOGETHER - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+    last = [
+        ((folder / f"{i}.err").read_text().splitlines() or [""])[-1] for i in range(len(processes))
+    ]
+    return [process.returncode for process in processes], last
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_host_that_is_killed_in_training_is_named(model, records, tmp_path, killed):
+    own = [f"--model.path={model}", f"--data.path={records}", f"--out={tmp_path / 'run'}"]
+    processes = start(tmp_path, own, own)
+    until(tmp_path, "step 3/", processes)
+    processes[killed].kill()
+    status, last = ended(tmp_path, processes, time.monotonic())
+    assert status[killed] == -signal.SIGKILL
+    assert status[1 - killed] == 1
+    assert f"llasa-jax: error: host {killed} of 2" in last[1 - killed]
+    assert "vanished" in last[1 - killed]
+
+
+@pytest.mark.parametrize("other", ["--data.path=/nope", "--optimizer.learning_rate=0.5", "--x=1"])
+def test_a_host_that_differs_or_cannot_begin(model, records, tmp_path, other):
+    """Settings that differ, and settings with which a host does not even join the others."""
+    own = [f"--model.path={model}", f"--data.path={records}", f"--out={tmp_path / 'run'}"]
+    processes = start(tmp_path, own, [*own, other])
+    since = until(tmp_path, "llasa-jax: error", processes)
+    status, last = ended(tmp_path, processes, since)
+    assert status == [2, 2]
+    named = {"--x=1": "unknown setting x"}.get(other, other[2:].partition("=")[0])
+    for line in last:
+        assert line.startswith("llasa-jax: error")
+        assert named in line
+    if "learning_rate" in other:
+        assert all("5e-06 on host 0" in line or "1e-05 on host 0" in line for line in last)
+        assert all("0.5 on host 1" in line for line in last)
+
+
+def test_other_data_under_the_same_path(model, records, tmp_path):
+    """Each host has a disk of its own, and on one of them lies another dataset."""
+    rows = [
+        {"id": f"clip{i}", "text": "x", "codes": np.arange(5), "speaker": ""}
+        | {"description": "", "language": ""}
+        for i in range(12)
+    ]
+    write_dataset(tmp_path / "b", {"train": iter(rows)}, {"codec": "x", "fingerprint": "unknown"})
+    for number, source in enumerate((records, tmp_path / "b")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "data").symlink_to(source)
+    # The same relative path, seen from two folders
+    own = [f"--model.path={model}", "--data.path=data", f"--out={tmp_path / 'run'}"]
+    processes = start(tmp_path, own, own, where=(tmp_path / "0", tmp_path / "1"))
+    since = until(tmp_path, "llasa-jax: error", processes)
+    status, last = ended(tmp_path, processes, since)
+    assert status == [2, 2]
+    assert all("the content of data is" in line for line in last)
+
+
+def test_a_signal_before_the_first_step_ends_both(model, records, tmp_path):
+    own = [f"--model.path={model}", f"--data.path={records}", f"--out={tmp_path / 'run'}"]
+    processes = start(tmp_path, own, own)
+    until(tmp_path, "an epoch:", processes)
+    processes[1].send_signal(signal.SIGINT)
+    status, last = ended(tmp_path, processes, time.monotonic())
+    assert status == [128 + signal.SIGINT] * 2
+    assert "stopped by SIGINT" in last[0]
+
+
+def test_no_cluster_is_a_sentence(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM", "JAX_COORD", "OMPI"))]:
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="nothing says which hosts take part"):
+        hosts.find_hosts()
