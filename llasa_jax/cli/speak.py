@@ -43,6 +43,7 @@ def generate(args) -> None:
         step=args.step,
         base=args.base,
         device=args.device,
+        tensor=args.tensor,
     )
 
 
@@ -105,5 +106,11 @@ def add_commands(commands) -> None:
         help="longest speech; by default a length that is plausible for the text",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument(
+        "--tensor",
+        type=number(int, low=1, high=1024),
+        default=1,
+        help="devices that share the weights, for models larger than one device's memory",
+    )
     add_step(parser)
     add_base(parser)

@@ -7,7 +7,7 @@ model.embed_tokens.weight              embed         [vocab_size, D] -> [V, D], 
     model.layers.{l}.self_attn.o_proj      layers.o[l]   [D, N*H] -> [D, N, H]
     ...
 
-Letters as in `llasa_jax.model.llama`.
+Letters as in `llasa_jax.model.axes`.
 """
 
 import math
@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass
 
 from llasa_jax.errors import UserError, listed
+from llasa_jax.model.axes import parameter_axes, sizes
 from llasa_jax.model.config import ModelConfig
-from llasa_jax.model.llama import parameter_axes, sizes
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = {"embed": EMBED, "norm": "model.norm.weight", "head": HEAD}

@@ -7,7 +7,7 @@
     model.embed_tokens.token_adapter.trainable_tokens_delta    rows.embed       [X, D]
     model.norm.weight                                   norm             of a module trained whole
 
-Tables are padded to V. Letters as in `llasa_jax.model.llama`.
+Tables are padded to V. Letters as in `llasa_jax.model.axes`.
 """
 
 import math
@@ -34,9 +34,9 @@ from llasa_jax.convert.params_io import recorded_checksums, write_checksums
 from llasa_jax.convert.peft_config import TARGETS, WHOLE, read_config
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, SafetensorsWriter, cast
 from llasa_jax.errors import UserError, listed
+from llasa_jax.model.axes import LAYER_AXES, parameter_axes, sizes
 from llasa_jax.model.checksum import checksum, compare
 from llasa_jax.model.config import AdapterConfig, ModelConfig
-from llasa_jax.model.llama import LAYER_AXES, parameter_axes, sizes
 from llasa_jax.model.lora import MODULES, Adapter, split
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.runtime import files

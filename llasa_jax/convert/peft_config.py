@@ -8,8 +8,8 @@ from typing import Any
 
 from llasa_jax.convert.names import LAYER
 from llasa_jax.errors import UserError
+from llasa_jax.model.axes import INPUTS, LAYER_AXES
 from llasa_jax.model.config import AdapterConfig, ModelConfig
-from llasa_jax.model.llama import INPUTS, LAYER_AXES
 from llasa_jax.model.lora import adapter_config
 from llasa_jax.model.settings import LoraSettings
 

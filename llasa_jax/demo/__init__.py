@@ -141,8 +141,9 @@ def _returned(out: Path) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llasa_jax.data.records import open_utterances
+    from llasa_jax.generate.decode import generate_codes
     from llasa_jax.generate.sampling import SamplingSettings
-    from llasa_jax.generate.speaker import generate_codes, load
+    from llasa_jax.generate.speaker import load
 
     utterances = list(open_utterances(out / "records", "train"))
     trained = [np.asarray(utterance.codes) for utterance in utterances]

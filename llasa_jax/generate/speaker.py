@@ -1,16 +1,10 @@
-"""From a text to speech: prompt, KV cache, sampling, codec.
+"""From a text to speech: a model's folder, its prompts, the codec, and the file to write."""
 
-One compiled program holds the prompt's forward pass and the loop over new tokens. Lengths are
-rounded up to powers of two, so that it serves many texts. Letters: B rows, P prompt slots, S cache
-slots, V vocabulary.
-"""
-
-import dataclasses
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,185 +21,20 @@ from llasa_jax.convert.model_folder import (
     load_tokenizer,
     read_description,
 )
-from llasa_jax.errors import UserError
-from llasa_jax.generate.sampling import SamplingSettings, draw, process
-from llasa_jax.model.llama import Cache, Llama
-from llasa_jax.model.lora import Adapter, join, place, side_by_side
+from llasa_jax.errors import UserError, printable
+from llasa_jax.generate.decode import Generated, generate_codes, plausible_limit
+from llasa_jax.generate.sampling import SamplingSettings
+from llasa_jax.model.llama import Llama
+from llasa_jax.model.lora import Adapter, join, put_on_devices, side_by_side
 from llasa_jax.model.sharding import abstract_params, make_mesh
 from llasa_jax.runtime.files import new_file
 from llasa_jax.speech.audio import read_audio, write_audio
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.speech.settings import PromptSettings
-from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
+from llasa_jax.speech.vocab import CODES_PER_SECOND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SHORTEST_BUCKET = 128
-# of UTF-8 text read aloud: about 14 letters of English, or 4.5 Chinese characters of 3 bytes
-BYTES_PER_SECOND = 14
-BYTES_PER_DIGIT = 5  # a digit is read as a word or more
-
-
-@dataclass(frozen=True)
-class Generated:
-    """New speech of one row, without its prompt.
-
-    `codes` uint16, 50 a second; `tokens` int32, every id drawn, the end marker included; `stopped`:
-    the model ended the speech by itself, false if the length limit did.
-    """
-
-    codes: np.ndarray
-    tokens: np.ndarray
-    stopped: bool
-
-
-def plausible_limit(text: str) -> int:
-    """How many codes `text` may take: three times what reading it aloud takes, and three seconds
-    more.
-    """
-    size = len(text.encode()) + (BYTES_PER_DIGIT - 1) * sum(c.isdigit() for c in text)
-    return math.ceil(CODES_PER_SECOND * (3 * size / BYTES_PER_SECOND + 3))
-
-
-def generate_codes(
-    graphdef: nnx.GraphDef,
-    params: dict,
-    prompts: Sequence[np.ndarray],
-    vocab: SpeechVocab,
-    max_new_tokens: int | Sequence[int],
-    settings: SamplingSettings | None = None,
-    stop_ids: Sequence[int] | None = None,
-) -> list[Generated]:
-    """Goes on from each of `prompts` (int32 ids, of any lengths) until it draws one of `stop_ids`
-    or has `max_new_tokens` more.
-
-    `graphdef` is a `Llama`'s and `params` its weights as a dict; they may lie sharded on a mesh.
-    `max_new_tokens` is one number or one a row, and counts the end marker. `stop_ids` are the end
-    marker's alone by default. A row's result depends on its prompt, the seed and its place among
-    the rows, not on the other rows. Compiles once for each number of rows, lengths up to the next
-    power of two, and settings but the seed.
-
-    Raises UserError where a prompt fills the model's positions, and where the scores are not
-    finite.
-    """
-    if not len(prompts):
-        return []
-    settings = settings or SamplingSettings()
-    config = nnx.merge(graphdef, params).config
-    lengths = np.array([len(prompt) for prompt in prompts])
-    positions = config.max_position_embeddings
-    for row, length in enumerate(lengths):
-        if not 0 < length < positions:
-            raise UserError(
-                f"prompt {row} has {length} tokens and the model {positions} positions, which"
-                " leaves no room for speech; shorten the text or the prompt's audio"
-            )
-    ends = np.minimum(lengths + np.broadcast_to(max_new_tokens, lengths.shape), positions)
-    if (ends <= lengths).any():
-        raise UserError(f"max_new_tokens is {max_new_tokens}; give a positive number")
-    tokens = np.zeros((len(prompts), _bucket(ends.max())), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    allowed = np.full(config.vocab_size, not settings.speech_only)
-    allowed[vocab.code_base : vocab.code_base + NUM_CODES] = True
-    allowed[vocab.speech_end] = True
-    tokens, ends, stopped, finite = jax.device_get(
-        _generate(
-            graphdef,
-            params,
-            tokens,
-            lengths,
-            ends,
-            allowed,
-            np.array([vocab.speech_end] if stop_ids is None else stop_ids),
-            jax.random.key(settings.seed),
-            prompt_slots=_bucket(lengths.max()),
-            # The seed only makes the key: as part of what is compiled for, each seed would compile
-            # again.
-            settings=dataclasses.replace(settings, seed=0),
-        )
-    )
-    if not finite.all():
-        raise UserError(
-            "the model's scores are not finite; its weights are damaged or training diverged: use"
-            " an earlier checkpoint"
-        )
-    new = [
-        tokens[row, start:end] for row, (start, end) in enumerate(zip(lengths, ends, strict=True))
-    ]
-    return [
-        Generated(vocab.codes_of(ids), ids, bool(by_itself))
-        for ids, by_itself in zip(new, stopped, strict=True)
-    ]
-
-
-def _bucket(length: int) -> int:
-    return max(SHORTEST_BUCKET, 1 << (int(length) - 1).bit_length())
-
-
-@partial(jax.jit, static_argnames=("graphdef", "prompt_slots", "settings"))
-def _generate(
-    graphdef,
-    params,
-    tokens_BS,
-    lengths_B,
-    ends_B,
-    allowed_V,
-    stop_ids,
-    key,
-    *,
-    prompt_slots,
-    settings,
-):
-    """Fills in `tokens` from `lengths` to `ends`. Returns them, where each row ended, whether by a
-    stop id, and whether soundly.
-    """
-    model = nnx.merge(graphdef, params)
-    rows = jnp.arange(tokens_BS.shape[0])
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-
-    prompt_BP, slots = tokens_BS[:, :prompt_slots], jnp.arange(prompt_slots)
-    seen_BV = jnp.zeros((len(rows), model.config.vocab_size), bool)
-    seen_BV = seen_BV.at[rows[:, None], prompt_BP].max(slots < lengths_B[:, None])
-    cache = Cache.empty(model.config, *tokens_BS.shape, model.dtype)
-    hidden_BPD, cache = model.decode(prompt_BP, jnp.broadcast_to(slots, prompt_BP.shape), cache)
-
-    def step(state):
-        scores_BV = model.logits(state["hidden"])
-        running = ~state["ended"]
-        finite = state["finite"] & (jnp.isfinite(scores_BV.max(-1)) | state["ended"])
-        keys = jax.vmap(jax.random.fold_in)(row_keys, state["at"])
-        new = draw(process(scores_BV, state["seen"], allowed_V, settings), keys, settings)
-        # An ended row stands still: it draws on, but nothing of that is kept.
-        at = jnp.where(running, state["at"], state["at"] - 1)
-        new = jnp.where(running, new, state["tokens"][rows, at])
-        stopped = state["stopped"] | (running & jnp.isin(new, stop_ids))
-        hidden, cache = model.decode(new[:, None], at[:, None], state["cache"])
-        return {
-            "hidden": hidden[:, 0],
-            "cache": cache,
-            "tokens": state["tokens"].at[rows, at].set(new),
-            "seen": state["seen"].at[rows, new].set(True),
-            "at": at + 1,
-            "ended": stopped | (at + 1 >= ends_B),
-            "stopped": stopped,
-            "finite": finite,
-        }
-
-    none = jnp.zeros_like(rows, bool)
-    start = {
-        "hidden": hidden_BPD[rows, lengths_B - 1],
-        "cache": cache,
-        "tokens": tokens_BS,
-        "seen": seen_BV,
-        "at": lengths_B,
-        "ended": none,
-        "stopped": none,
-        "finite": ~none,
-    }
-    end = jax.lax.while_loop(lambda state: ~state["ended"].all(), step, start)
-    return end["tokens"], end["at"], end["stopped"], end["finite"]
 
 
 def load(
@@ -224,19 +53,22 @@ def load(
     for all, for any batch; `base` says where the base of a LoRA run lies now. UserError for what is
     no such folder.
     """
-    config, source = read_description(folder)
+    config, origin = read_description(folder)
     tokenizer = load_tokenizer(folder)
-    prompter = Prompter(tokenizer, PromptSettings(**source.get("prompt", {})))
+    prompter = Prompter(tokenizer, PromptSettings(**origin.get("prompt", {})))
     if prompter.vocab.size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {prompter.vocab.size} tokens but the model"
             f" {config.vocab_size}; import it again"
         )
+    if not 1 <= tensor <= len(jax.devices()):
+        raise UserError(
+            f"the weights are to be split over {tensor} devices, but there are"
+            f" {len(jax.devices())}; choose 1 to {len(jax.devices())}"
+        )
     mesh = make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
-    params, (adapter_config, _) = (
-        load_params(folder, mesh, jnp.dtype(dtype), step, base),
-        adapters_of(source),
-    )
+    params = load_params(folder, mesh, jnp.dtype(dtype), step, base)
+    adapter_config, _ = adapters_of(origin)
     distinct = list({id(adapter): adapter for adapter in adapters if adapter}.values())
     if distinct:
         if adapter_config:
@@ -247,16 +79,14 @@ def load(
         chosen = [distinct.index(adapter) if adapter else None for adapter in adapters]
         adapter = distinct[0] if {*chosen} == {0} else side_by_side(distinct, chosen, config)
         adapter_config = adapter.config
-        params = join(
-            params,
-            place(adapter.params, abstract_params(config, mesh, jnp.dtype(dtype), adapter_config)),
-        )
-    model = nnx.eval_shape(
-        lambda: Llama(
-            config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat="none", adapters=adapter_config
-        )
-    )
+        wanted = abstract_params(config, mesh, jnp.dtype(dtype), adapter_config)
+        params = join(params, put_on_devices(adapter.params, wanted))
+    options = {"dtype": jnp.dtype(dtype), "remat": "none", "adapters": adapter_config}
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
     return nnx.graphdef(model), params, prompter, tokenizer
+
+
+LONGEST_NAME = 2000  # characters of a speaker, a language or a description
 
 
 @dataclass(frozen=True)
@@ -298,25 +128,29 @@ def generate(
     sampling = sampling or SamplingSettings()
     for line in lines:
         _check_request(Path(line.out), prompt_audio, prompt_text, max_seconds)
+    _check_names({"speaker": speaker, "description": description, "language": language})
+    outs = [os.path.realpath(line.out) for line in lines]
+    if twice := {out for out in outs if outs.count(out) > 1}:
+        raise UserError(f"{min(twice)} is given twice as the file to write; give each text its own")
     wave = None if prompt_audio is None else read_audio(prompt_audio)
     graphdef, params, model_prompter, tokenizer = load(
         model, dtype, step, tensor, [line.adapter for line in lines], base
     )
     # Before the codec, which takes longer to load, in case a text is refused.
-    wanted = {"speaker": speaker, "description": description, "language": language}
-    known = [line.adapter and line.adapter.prompt for line in lines]
+    conditions = {"speaker": speaker, "description": description, "language": language}
+    of_adapters = [line.adapter and line.adapter.prompt for line in lines]
     prompters = [
         Prompter(tokenizer, PromptSettings(**prompt)) if prompt else model_prompter
-        for prompt in known
+        for prompt in of_adapters
     ]
     for line, prompter in zip(lines, prompters, strict=True):
-        prompter.opening(line.text, **wanted)
+        prompter.opening(line.text, **conditions)
     voice = load_codec(codec, device)
     _check_codec(model, voice)
     prompt_codes = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
     cloned = {"prompt_text": prompt_text or "", "prompt_codes": prompt_codes}
     prompts = [
-        prompter.opening(line.text, **wanted, **cloned)
+        prompter.opening(line.text, **conditions, **cloned)
         for line, prompter in zip(lines, prompters, strict=True)
     ]
     limits = [
@@ -377,6 +211,21 @@ def _check_codec(model: Path, voice: Codec) -> None:
             f" {voice.name} is another codec ({voice.fingerprint}) and would make noise of them;"
             f" give --codec {trained['codec']}"
         )
+
+
+def _check_names(names: dict[str, str]) -> None:
+    """Raises UserError for a speaker, description or language that no training data can have."""
+    for name, value in names.items():
+        if len(value) > LONGEST_NAME:
+            raise UserError(
+                f"the {name} has {len(value):,} characters, more than {LONGEST_NAME:,}; give the"
+                f" {name} as it is in the training data"
+            )
+        if printable(value) != value or value != value.strip():
+            raise UserError(
+                f"the {name} {printable(value)!r} has line breaks, control characters or blanks at"
+                f" its ends; give the {name} as it is in the training data"
+            )
 
 
 def _check_request(

@@ -12,7 +12,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+
+from llasa_jax.model.sharding import HEADS, ROWS
 
 QUERY_BLOCK = 512
 OF_PLATFORM = {"tpu": "splash", "gpu": "triton"}
@@ -41,15 +43,11 @@ def choose_attention(name: str, mesh: Mesh, *, interpret: bool = False):
                 stacklevel=2,
             )
             return xla_attention(q, k, v, segment_ids)
-        rows, heads = (
-            PartitionSpec(("data", "fsdp")),
-            PartitionSpec(("data", "fsdp"), None, "tensor"),
-        )
         return jax.shard_map(
             partial(kernel, interpret=interpret),
             mesh=mesh,
-            in_specs=(heads, heads, heads, rows),
-            out_specs=heads,
+            in_specs=(HEADS, HEADS, HEADS, ROWS),
+            out_specs=HEADS,
             check_vma=False,
         )(q, k, v, segment_ids)
 

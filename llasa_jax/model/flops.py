@@ -7,8 +7,8 @@ from math import prod
 
 import jax
 
+from llasa_jax.model.axes import INPUTS, LAYER_AXES, adapter_axes, parameter_axes, sizes
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization
-from llasa_jax.model.llama import INPUTS, LAYER_AXES, adapter_axes, parameter_axes, sizes
 from llasa_jax.model.lora import count
 from llasa_jax.runtime.hardware import Device
 

@@ -1,13 +1,18 @@
 """LLaMA in Flax NNX: grouped-query attention, SwiGLU, RMSNorm, rotary positions, layers stacked and
 scanned.
 
-One alphabet names every dimension, in tensor names, einsum strings and the sharding table: B rows,
-T tokens, S cache slots, L layers, V vocabulary (padded), D model width, N query heads, K key-value
-heads, H head width, F MLP width, R rank of an adapter, X rows of the tables that are trained by
-themselves.
+`model/axes.py` has the letters that name every dimension, in tensor names, einsum strings and the
+sharding table. Weights keep HF's own [out, in] order, so a converter only reshapes and stacks and
+nothing is ever transposed. Reference: transformers' `LlamaForCausalLM`.
 
-Weights keep HF's own [out, in] order, so a converter only reshapes and stacks and nothing is ever
-transposed. Reference: transformers' `LlamaForCausalLM`.
+A layer's products are composed from those letters. They are:
+
+    weight  product           with an adapter: its input   and its output
+    q       BTD,NHD->BTNH     BTD,RD->BTR                  BTR,NHR->BTNH
+    k, v    BTD,KHD->BTKH     BTD,RD->BTR                  BTR,KHR->BTKH
+    o       BTNH,DNH->BTD     BTNH,RNH->BTR                BTR,DR->BTD
+    gate,up BTD,FD->BTF       BTD,RD->BTR                  BTR,FR->BTF
+    down    BTF,DF->BTD       BTF,RF->BTR                  BTR,DR->BTD
 """
 
 from dataclasses import replace
@@ -20,33 +25,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llasa_jax.model.attention import attend, cache_mask, xla_attention
+from llasa_jax.model.axes import INPUTS, LAYER_AXES, TABLE_AXES, adapter_axes, outputs, sizes
 from llasa_jax.model.config import AdapterConfig, ModelConfig, RopeScaling
 from llasa_jax.model.quantize import Quantized
-
-LAYER_AXES = {
-    "attn_norm": "D",
-    "q": "NHD",
-    "k": "KHD",
-    "v": "KHD",
-    "o": "DNH",
-    "mlp_norm": "D",
-    "gate": "FD",
-    "up": "FD",
-    "down": "DF",
-}
-TABLE_AXES = "VD"
-# The letters that a weight's product sums over; the others are those of its result.
-INPUTS = {
-    "q": "D",
-    "k": "D",
-    "v": "D",
-    "o": "NH",
-    "gate": "D",
-    "up": "D",
-    "down": "F",
-    "embed": "V",
-    "head": "D",
-}
+from llasa_jax.model.sharding import Layout
 
 Remat = Literal["none", "dots", "full", "offload"]
 REMAT_POLICIES = {
@@ -59,54 +41,6 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-
-
-def sizes(config: ModelConfig, adapters: AdapterConfig | None = None) -> dict[str, int]:
-    """What each letter of the alphabet stands for in this model."""
-    of_adapters = (
-        {"R": adapters.rank, "X": len(adapters.rows), "B": adapters.batch} if adapters else {}
-    )
-    return {
-        "L": config.num_hidden_layers,
-        "V": config.padded_vocab_size,
-        "D": config.hidden_size,
-        "N": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "H": config.head_dim,
-        "F": config.intermediate_size,
-    } | of_adapters
-
-
-def parameter_axes(config: ModelConfig, adapters: AdapterConfig | None = None) -> dict:
-    """The parameter tree with each weight's dimensions, as letters, in place of the weight."""
-    tables = ("embed",) if config.tie_word_embeddings else ("embed", "head")
-    tree = {
-        "layers": {name: f"L{axes}" for name, axes in LAYER_AXES.items()},
-        "norm": "D",
-    } | dict.fromkeys(tables, TABLE_AXES)
-    return tree | (adapter_axes(adapters, tables) if adapters else {})
-
-
-def adapter_axes(adapters: AdapterConfig, tables: tuple[str, ...]) -> dict:
-    """What adapters add to the parameter tree: `lora`, two factors a target, and `rows`, as they
-    replace those of each of `tables`; with a batch also `choice`, how much of each rank and row
-    counts in each of its rows.
-
-    The factors are PEFT's lora_A [rank, in] and lora_B [out, rank].
-    """
-    lora = {}
-    for name in adapters.targets:
-        layer, inner, outer = ("L" if name in LAYER_AXES else ""), INPUTS[name], outputs(name)
-        lora[name] = {"a": f"{layer}R{inner}", "b": f"{layer}{outer}R"}
-    added = ({"lora": lora} if lora else {}) | (
-        {"rows": dict.fromkeys(tables, "XD")} if adapters.rows else {}
-    )
-    return added | ({"choice": {"lora": "BR", "rows": "BX"}} if adapters.batch else {})
-
-
-def outputs(name: str) -> str:
-    """The letters of what a weight's product gives."""
-    return LAYER_AXES.get(name, TABLE_AXES).replace(INPUTS[name], "")
 
 
 def _parameter(config: ModelConfig, axes: str, param_dtype, rngs: nnx.Rngs) -> nnx.Param:
@@ -149,24 +83,6 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return weight_D.astype(x.dtype) * normed.astype(x.dtype)
-
-
-class Layout:
-    """Where arrays lie while the model runs. Here nothing moves; `sharding.MeshLayout` is the same
-    over a mesh.
-    """
-
-    def weight(self, axes: str, weight: jax.Array) -> jax.Array:
-        """A weight (its dimensions as letters) on its way into the arithmetic."""
-        return weight
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """An activation [B, ...] between layers."""
-        return x
-
-    def look_up(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """The rows of a table, [B, T, D]."""
-        return jnp.take(table_VD, tokens_BT, axis=0)
 
 
 class Cache(nnx.Pytree):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llasa_jax.errors import UserError
+from llasa_jax.model.axes import INPUTS, LAYER_AXES, TABLE_AXES, outputs, parameter_axes, sizes
 from llasa_jax.model.config import AdapterConfig, ModelConfig
-from llasa_jax.model.llama import INPUTS, LAYER_AXES, TABLE_AXES, outputs, parameter_axes, sizes
 from llasa_jax.model.settings import LoraSettings
 
 # What can be trained whole, and the parameters that it is.
@@ -27,11 +27,11 @@ MOST_ROWS = 1024
 def adapter_config(
     settings: LoraSettings, config: ModelConfig, token_ids: dict[str, int]
 ) -> AdapterConfig | None:
-    """What `settings` ask for in a model of this geometry, with the vocabulary `token_ids`; None
-    for full finetuning.
+    """The adapters that `settings` describe, for a model of this geometry with the vocabulary
+    `token_ids`; None for full finetuning.
 
-    UserError for a target that does not exist, a rank that no matrix has, and what cannot be
-    trained besides.
+    UserError for an unknown target, a rank larger than a matrix has, and combinations of targets
+    and `train_also` that cannot be trained.
     """
     if not settings.rank:
         if settings != LoraSettings():
@@ -148,8 +148,8 @@ def count(config: ModelConfig, adapters: AdapterConfig | None) -> tuple[int, int
     )
 
 
-def place(params: dict, like: dict) -> dict:
-    """Puts a tree of numpy arrays on devices, with the dtypes and shardings of `like`."""
+def put_on_devices(params: dict, like: dict) -> dict:
+    """A tree of numpy arrays as arrays on devices, with the dtypes and shardings of `like`."""
 
     def put(array, target):
         return jax.make_array_from_callback(
@@ -166,11 +166,11 @@ def place(params: dict, like: dict) -> dict:
 
 
 def new_adapters(params: dict, abstract: dict, adapters: AdapterConfig, seed: int) -> dict:
-    """`lora` and `rows` as training begins with them: such that the model is still what it was.
+    """The initial `lora` and `rows`, with which the model computes what the base does.
 
-    `params` is the base's tree, `abstract` the whole model's, whose shapes, types and shardings
-    they get. As PEFT: A is kaiming-uniform and B zero; for an embedding A is zero and B normal;
-    rows are the table's own.
+    `params` is the base's tree; `abstract` is the whole model's, which gives shapes, dtypes and
+    shardings. As in PEFT: A is kaiming-uniform and B zero; for an embedding A is zero and B normal;
+    rows start as copies of the table's rows.
     """
     wanted = {name: abstract[name] for name in ("lora", "rows") if name in abstract}
 
@@ -208,8 +208,8 @@ def side_by_side(
     """Several adapters of one base as one, for a batch in which row i uses the adapter
     `of_rows[i]`, or none.
 
-    Ranks are concatenated, and each row of the batch counts its own adapter's alone. UserError
-    where one has whole modules trained.
+    Ranks are concatenated; for each row of the batch only its own adapter's ranks have weights
+    other than 0. UserError where an adapter has whole modules trained.
     """
     for number, adapter in enumerate(adapters):
         if adapter.config.modules:
@@ -219,11 +219,9 @@ def side_by_side(
                 " use it alone, or merge it"
             )
     configs = [adapter.config for adapter in adapters]
-    targets = tuple(name for name in INPUTS if any(name in part.targets for part in configs))
-    rank, rows = (
-        sum(part.rank for part in configs),
-        tuple(token for part in configs for token in part.rows),
-    )
+    targets = tuple(name for name in INPUTS if any(name in each.targets for each in configs))
+    rank = sum(each.rank for each in configs)
+    rows = tuple(token for each in configs for token in each.rows)
     together = AdapterConfig(targets, rank, alpha=rank, rows=rows, batch=len(of_rows))
     size = sizes(config, together)
     axes = {
@@ -234,22 +232,23 @@ def side_by_side(
     params = jax.tree.map(
         lambda letters: np.zeros([size[letter] for letter in letters], np.float32), axes
     )
-    at_rank = at_row = 0
+    first_rank = first_row = 0
     for number, adapter in enumerate(adapters):
-        part = adapter.config
-        for name in part.targets:
+        own = adapter.config
+        # This adapter's part of the concatenated ranks, and of the concatenated token rows.
+        ranks = slice(first_rank, first_rank + own.rank)
+        token_rows = slice(first_row, first_row + len(own.rows))
+        for name in own.targets:
             for factor, letters in axes["lora"][name].items():
-                window = [slice(None)] * len(letters)
-                window[letters.index("R")] = slice(at_rank, at_rank + part.rank)
-                params["lora"][name][factor][tuple(window)] = adapter.params["lora"][name][factor]
+                part = [slice(None)] * len(letters)
+                part[letters.index("R")] = ranks
+                params["lora"][name][factor][tuple(part)] = adapter.params["lora"][name][factor]
         for name, values in adapter.params.get("rows", {}).items():
-            params["rows"][name][at_row : at_row + len(part.rows)] = values
+            params["rows"][name][token_rows] = values
         for row, chosen in enumerate(of_rows):
-            params["choice"]["lora"][row, at_rank : at_rank + part.rank] = part.scale * (
-                chosen == number
-            )
-            params["choice"]["rows"][row, at_row : at_row + len(part.rows)] = chosen == number
-        at_rank, at_row = at_rank + part.rank, at_row + len(part.rows)
+            params["choice"]["lora"][row, ranks] = own.scale * (chosen == number)
+            params["choice"]["rows"][row, token_rows] = chosen == number
+        first_rank, first_row = ranks.stop, token_rows.stop
     return Adapter(together, params)
 
 

@@ -3,8 +3,8 @@
 One row of 2,048 tokens over 193,800 classes is 1.6 GB of float32 logits. Here a loop takes `chunk`
 tokens of every row at a time, of those that count alone, and the same pass makes that chunk's
 gradients, so that nothing is computed twice. On a mesh each device holds its share of the
-vocabulary and sees the rows of its whole `fsdp` group: neither the table nor its gradient is ever
-gathered.
+vocabulary and sees the rows of its whole group (see `sharding.GROUP`): neither the table nor its
+gradient is ever gathered.
 
 Letters: B rows, C tokens of a chunk, V vocabulary, D model width.
 """
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llasa_jax.model.sharding import ROWS, TABLE, VOCABULARY, make_mesh
+from llasa_jax.model.sharding import GROUP, REPEATS, ROWS, TABLE, VOCABULARY, make_mesh
 
 Factors = tuple[jax.Array, ...]
+# The axes that split the vocabulary among devices with the same rows.
+PARTS = tuple(axis for axis in VOCABULARY if axis not in GROUP)
 
 
 def chunked_cross_entropy(
@@ -30,8 +32,8 @@ def chunked_cross_entropy(
     chunk: int,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of -log p(target) in nats, and how many targets are the most probable token, over the
-    tokens in `mask`.
+    """The sum of -log p(target) in nats, and how many targets are likelier than every other token
+    (a tie is not), over the tokens in `mask`.
 
     `table` may be padded beyond `vocab_size`: its padding takes no part. Both results are float32
     scalars; divide by the mask's sum for means. `chunk` must divide T. `mesh` is the first device
@@ -107,7 +109,7 @@ def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
 
 
 def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask_BT):
-    """What one device does: its share of the vocabulary, for every row of its `fsdp` group."""
+    """What one device does: its share of the vocabulary, for every row of its group."""
     B, T = targets_BT.shape
     share = table_VD[0].shape[0]
     classes_V = jax.lax.axis_index(VOCABULARY) * share + jnp.arange(share)
@@ -121,19 +123,17 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         (hidden_BTD, targets_BT, mask_BT),
     )
     # The same number on all devices, for all take part in what is exchanged.
-    most = jax.lax.pmax(jnp.max(jnp.sum(mask_BT, axis=1)), ("data", *VOCABULARY))
+    most = jax.lax.pmax(jnp.max(jnp.sum(mask_BT, axis=1)), (*REPEATS, *VOCABULARY))
 
     def step(i, carry):
         nats, correct, grad_table_VD, grads = carry
         rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), of_chunks)
-        hidden_BCD, targets_BC, mask_BC = jax.tree.map(
-            lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), rows
-        )
-        logits_BCV, is_target_BCV, of_target_BC, top_BC, logsumexp_BC = _scores(
+        hidden_BCD, targets_BC, mask_BC = jax.tree.map(_gather_rows, rows)
+        logits_BCV, is_target_BCV, of_target_BC, logsumexp_BC, rivals_BC = _scores(
             vocab_size, classes_V, hidden_BCD, table_VD, targets_BC
         )
         nats += jnp.sum(jnp.where(mask_BC, logsumexp_BC - of_target_BC, 0.0))
-        correct += jnp.sum(mask_BC & (of_target_BC >= top_BC), dtype=jnp.float32)
+        correct += jnp.sum(mask_BC & (rivals_BC == 0), dtype=jnp.float32)
         if learns is None:
             return nats, correct, grad_table_VD, grads
         grad_BCV = jnp.where(
@@ -152,9 +152,9 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
             grad_BCD = jnp.einsum(
                 "BCV,VD->BCD", grad_BCV, one_VD, preferred_element_type=jnp.float32
             )
-            grad_BCD = jax.lax.psum_scatter(
-                jax.lax.psum(grad_BCD, "tensor"), "fsdp", scatter_dimension=0, tiled=True
-            )
+            grad_BCD = jax.lax.psum(grad_BCD, PARTS)
+            if GROUP:
+                grad_BCD = jax.lax.psum_scatter(grad_BCD, GROUP, scatter_dimension=0, tiled=True)
             return jax.lax.dynamic_update_index_in_dim(grads, grad_BCD.astype(grads.dtype), i, 0)
 
         return (
@@ -173,8 +173,8 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         no_grads = no_grad_table, jax.tree.map(jnp.zeros_like, of_chunks[0])
     start = (jnp.float32(0), jnp.float32(0), *no_grads)
     nats, correct, grad_table_VD, grads = jax.lax.fori_loop(0, -(-most // chunk), step, start)
-    # Every device of an fsdp group has the same sums, for all of its rows.
-    nats, correct = jax.lax.psum((nats, correct), "data")
+    # Every device of a group has the same sums, for all of the group's rows.
+    nats, correct = jax.lax.psum((nats, correct), REPEATS)
     if learns is None:
         return nats, correct
     back_BT1 = jnp.argsort(order_BT, axis=1)[..., None]
@@ -182,7 +182,12 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         jnp.take_along_axis(jnp.moveaxis(grad, 0, 1).reshape(B, T, -1), back_BT1, axis=1)
         for grad in grads
     )
-    return nats, correct, grad_BTD, jax.lax.psum(grad_table_VD, "data")
+    return nats, correct, grad_BTD, jax.lax.psum(grad_table_VD, REPEATS)
+
+
+def _gather_rows(x):
+    """The rows of all devices of a group, from each one's own."""
+    return jax.lax.all_gather(x, GROUP, axis=0, tiled=True) if GROUP else x
 
 
 def _in_shares(table: Factors, hidden: Factors, mesh: Mesh) -> Factors:
@@ -202,11 +207,11 @@ def chunked_ranks(
     chunk: int,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Token by token: -log p(target) in nats, float32 [B, T], and how many tokens are likelier than
-    the target, int32 [B, T].
+    """Token by token: -log p(target) in nats, float32 [B, T], and how many other tokens are at
+    least as likely as the target, int32 [B, T].
 
     For validation, in chunks and split over the mesh as above: a target is among the ten most
-    probable where fewer than ten are likelier.
+    probable where fewer than ten others are at least as likely.
     """
     mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
     hidden, table = _tuple(hidden_BTD), _in_shares(_tuple(table_VD), _tuple(hidden_BTD), mesh)
@@ -226,19 +231,14 @@ def _ranks_on_device(vocab_size, chunk, hidden_BTD, table_VD, targets_BT):
     classes_V = jax.lax.axis_index(VOCABULARY) * share + jnp.arange(share)
 
     def step(_, chunk_of_rows):
-        hidden_BCD, targets_BC = jax.tree.map(
-            lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True), chunk_of_rows
-        )
-        logits_BCV, _, of_target_BC, _, logsumexp_BC = _scores(
+        hidden_BCD, targets_BC = jax.tree.map(_gather_rows, chunk_of_rows)
+        _, _, of_target_BC, logsumexp_BC, rivals_BC = _scores(
             vocab_size, classes_V, hidden_BCD, table_VD, targets_BC
         )
-        likelier_BC = jax.lax.psum(
-            jnp.sum(logits_BCV > of_target_BC[..., None], axis=-1, dtype=jnp.int32), VOCABULARY
-        )
-        first_row = jax.lax.axis_index("fsdp") * B
+        first_row = jax.lax.axis_index(GROUP) * B if GROUP else 0
         return None, tuple(
             jax.lax.dynamic_slice_in_dim(x, first_row, B)
-            for x in (logsumexp_BC - of_target_BC, likelier_BC)
+            for x in (logsumexp_BC - of_target_BC, rivals_BC)
         )
 
     _, of_chunks = jax.lax.scan(
@@ -248,8 +248,9 @@ def _ranks_on_device(vocab_size, chunk, hidden_BTD, table_VD, targets_BT):
 
 
 def _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC):
-    """One chunk's scores for this device's classes, which of them are the targets; and of all
-    classes the target's and the highest score, and the logarithm of the sum of exponentials.
+    """One chunk's scores for this device's classes, and which of them are the targets; and over all
+    classes the target's score, the logarithm of the sum of exponentials, and how many other classes
+    score at least as high as the target.
     """
     products = zip(hidden_BCD, table_VD, strict=True)
     logits_BCV = sum(
@@ -262,7 +263,12 @@ def _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC):
     )
     top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
     exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
-    return logits_BCV, is_target_BCV, of_target_BC, top_BC, top_BC + jnp.log(exp_sum_BC)
+    # Ties count against the target: where a damaged model gives all classes one score, its accuracy
+    # is 0, not 1. So does a target whose score is not a number.
+    rival_BCV = ~(logits_BCV < of_target_BC[..., None]) & ~is_target_BCV
+    rival_BCV &= classes_V < vocab_size
+    rivals_BC = jax.lax.psum(jnp.sum(rival_BCV, axis=-1, dtype=jnp.int32), VOCABULARY)
+    return logits_BCV, is_target_BCV, of_target_BC, top_BC + jnp.log(exp_sum_BC), rivals_BC
 
 
 def _chunks(x, chunk):

@@ -1,24 +1,26 @@
 """Where every array lives: one mesh, and one table from the model's alphabet to the mesh's axes.
 
 `data` repeats the weights and splits the rows; `fsdp` splits both; `tensor` splits heads, MLP and
-vocabulary.
+vocabulary. Only the table below names these axes; all other code takes them from it.
 """
 
 from functools import partial
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.errors import UserError
+from llasa_jax.model.axes import INPUTS, LAYER_AXES, parameter_axes, sizes
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization
-from llasa_jax.model.llama import INPUTS, LAYER_AXES, Layout, parameter_axes, sizes
 from llasa_jax.model.quantize import Quantized, quantize
 
 LAYER_MATRICES = tuple(name for name in LAYER_AXES if name in INPUTS)
 MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # the axes that split the rows of a batch
 RULES = {
     "L": None,
     "V": "tensor",
@@ -31,10 +33,19 @@ RULES = {
     "X": None,
     "B": None,
 }
-ROWS = PartitionSpec(("data", "fsdp"))
-TABLE = PartitionSpec("tensor", "fsdp")
+
+# What follows from the table.
+ROWS = PartitionSpec(ROW_AXES)
+HEADS = PartitionSpec(ROW_AXES, None, RULES["N"])  # queries, keys and values [B, T, N or K, H]
+TABLE = PartitionSpec(RULES["V"], RULES["D"])
 # How the loss splits the classes: over every device that does not merely repeat the weights.
-VOCABULARY = ("tensor", "fsdp")
+VOCABULARY = tuple(axis for axis in TABLE if axis)
+# Of the axes that split rows, those over which the weights are split as well: a group of devices
+# along them gathers its rows, or its weights. The others repeat the weights.
+GROUP = tuple(axis for axis in ROW_AXES if axis in VOCABULARY)
+REPEATS = tuple(axis for axis in ROW_AXES if axis not in VOCABULARY)
+# The axes along which devices have the same rows, and other parts of each layer.
+LAYER_PARTS = tuple(axis for axis in MESH_AXES if axis not in ROW_AXES)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> dict[str, int]:
@@ -56,6 +67,11 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> dict[str, int]:
     return {axis: count // fixed if n == -1 else n for axis, n in named.items()}
 
 
+def devices_along(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    """How many devices lie along some axes of a mesh."""
+    return prod(mesh.shape[axis] for axis in axes)
+
+
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, slices: int = 1
 ) -> Mesh:
@@ -66,7 +82,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(mesh_sizes(data, fsdp, tensor, len(devices)).values())
-    axis_types = (AxisType.Auto,) * 3
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
         return _rows_by_process(
             jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
@@ -109,14 +125,15 @@ def _rows_by_process(mesh: Mesh) -> Mesh:
     """The mesh, if each process has rows of its own to read. UserError where the devices that share
     a row are of several.
     """
+    parts = devices_along(mesh, LAYER_PARTS)
     processes = [
-        {device.process_index for device in of_row}
-        for of_row in mesh.devices.reshape(-1, mesh.shape["tensor"])
+        {device.process_index for device in same_rows}
+        for same_rows in mesh.devices.reshape(-1, parts)
     ]
     if max(map(len, processes)) > 1:
         raise UserError(
-            f"mesh.tensor={mesh.shape['tensor']} goes across hosts; choose at most the devices of"
-            " one host"
+            f"mesh.{' x mesh.'.join(LAYER_PARTS)} = {parts} goes across hosts; choose at most the"
+            " devices of one host"
         )
     return mesh
 
@@ -140,16 +157,16 @@ def parameter_shardings(
     size = sizes(config)
     for letter, name in NAMES.items():
         axis = RULES[letter]
-        if size[letter] % mesh.shape[axis]:
+        if axis and size[letter] % mesh.shape[axis]:
             raise UserError(
                 f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name}"
                 f" ({size[letter]}); choose a divisor of it"
             )
 
-    pieces = mesh.shape["tensor"] * mesh.shape["fsdp"]
+    pieces = devices_along(mesh, VOCABULARY)
     if size["V"] % pieces:
         raise UserError(
-            f"mesh.tensor x mesh.fsdp = {pieces} does not divide the padded vocabulary"
+            f"mesh.{' x mesh.'.join(VOCABULARY)} = {pieces} does not divide the padded vocabulary"
             f" ({size['V']}); use powers of two"
         )
 
@@ -167,17 +184,35 @@ def parameter_shardings(
     return jax.tree.map(sharding, parameter_axes(config, adapters))
 
 
+class Layout:
+    """Where arrays lie while the model runs. Here nothing moves; `MeshLayout` is the same over a
+    mesh.
+    """
+
+    def weight(self, axes: str, weight: jax.Array) -> jax.Array:
+        """A weight (its dimensions as letters) on its way into the arithmetic."""
+        return weight
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """An activation [B, ...] between layers."""
+        return x
+
+    def look_up(self, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        """The rows of a table, [B, T, D]."""
+        return jnp.take(table_VD, tokens_BT, axis=0)
+
+
 class MeshLayout(Layout):
-    """Where the model's arrays lie while it runs on `mesh`: rows over `data` and `fsdp`, each
-    layer's weights whole but for `tensor`.
+    """Where the model's arrays lie while it runs on `mesh`: rows split over `ROW_AXES`, each
+    layer's weights over those of their axes that do not split the width D.
     """
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
 
     def weight(self, axes, weight):
-        """Gathered over `fsdp` in the dtype that it arrives in; its gradient goes straight back
-        into shards.
+        """Gathered over the width D in the dtype that it arrives in; its gradient goes straight
+        back into shards.
         """
         if len(axes) == 1:
             return weight
@@ -192,15 +227,15 @@ class MeshLayout(Layout):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, ROWS))
 
     def look_up(self, table_VD, tokens_BT):
-        """Each device looks up its share of the width for its whole `fsdp` group; the table and its
-        gradient stay where they are.
+        """Each device looks up its share of the width for the rows of its whole group; the table
+        and its gradient stay where they are.
         """
         tokens_BT = jax.lax.with_sharding_constraint(
-            tokens_BT, NamedSharding(self._mesh, PartitionSpec("data"))
+            tokens_BT, NamedSharding(self._mesh, PartitionSpec(REPEATS))
         )
         x_BTD = super().look_up(table_VD, tokens_BT)
         return jax.lax.with_sharding_constraint(
-            x_BTD, NamedSharding(self._mesh, PartitionSpec("data", None, "fsdp"))
+            x_BTD, NamedSharding(self._mesh, PartitionSpec(REPEATS, None, RULES["D"]))
         )
 
 

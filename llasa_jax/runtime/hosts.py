@@ -193,11 +193,9 @@ def end_by_signal(number: int) -> None:
 
 def largest(value: int) -> int:
     """The largest of all hosts' values. Every host must ask, and waits for the others."""
-    return (
-        int(np.max(multihost_utils.process_allgather(np.int32(value))))
-        if jax.process_count() > 1
-        else int(value)
-    )
+    if jax.process_count() == 1:
+        return int(value)
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def stopped(stop: "StopSignal", failed: bool = False) -> int:

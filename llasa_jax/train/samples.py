@@ -11,7 +11,7 @@ from flax import nnx
 
 from llasa_jax.codec import load_codec
 from llasa_jax.errors import UserError
-from llasa_jax.generate.speaker import generate_codes, plausible_limit
+from llasa_jax.generate.decode import generate_codes, plausible_limit
 from llasa_jax.speech.audio import write_audio
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.train.metrics import Metrics

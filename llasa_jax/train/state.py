@@ -7,7 +7,7 @@ import grain
 
 from llasa_jax.convert import model_folder
 from llasa_jax.model.config import AdapterConfig
-from llasa_jax.model.lora import Adapter, count, join, new_adapters, place, split
+from llasa_jax.model.lora import Adapter, count, join, new_adapters, put_on_devices, split
 from llasa_jax.train.checkpoints import Checkpoints
 from llasa_jax.train.prepare import Job
 from llasa_jax.train.progress import say
@@ -67,7 +67,7 @@ def _begin_lora(
     frozen, trainable = split(params, adapters)
     trainable |= new_adapters(params, wanted, adapters, functions.seed)
     if adapter:
-        trainable = join(trainable, place(adapter.params, wanted))
+        trainable = join(trainable, put_on_devices(adapter.params, wanted))
     say(
         "{:,} trained parameters beside {:,} frozen ones".format(*count(functions.config, adapters))
     )

@@ -26,9 +26,10 @@ from llasa_jax.convert.verify import verify
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer
 from llasa_jax.errors import UserError
 from llasa_jax.finetune import begin_with
+from llasa_jax.generate.decode import generate_codes
 from llasa_jax.generate.sampling import SamplingSettings
-from llasa_jax.generate.speaker import generate_codes, load
-from llasa_jax.model.llama import parameter_axes, sizes
+from llasa_jax.generate.speaker import load
+from llasa_jax.model.axes import parameter_axes, sizes
 from llasa_jax.model.lora import adapter_config, split
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.model.sharding import make_mesh

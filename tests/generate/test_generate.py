@@ -12,9 +12,11 @@ from llasa_jax.convert.model_folder import CHECKPOINTS, HF_FOLDER, save_params, 
 from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.demo.tiny_llama import make_tiny_llama
 from llasa_jax.errors import UserError
+from llasa_jax.generate import decode
 from llasa_jax.generate import speaker as generation
+from llasa_jax.generate.decode import generate_codes, plausible_limit
 from llasa_jax.generate.sampling import SamplingSettings
-from llasa_jax.generate.speaker import Line, generate, generate_codes, plausible_limit
+from llasa_jax.generate.speaker import Line, generate
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.sharding import make_mesh, parameter_shardings
@@ -202,10 +204,10 @@ def test_first_token_follows_hfs_distribution(hf_models, model, prompter, prompt
 def test_one_program_serves_other_texts_limits_and_seeds(model, prompter, prompts):
     settings = SamplingSettings(temperature=0.9, seed=0)
     generate_codes(*model, prompts[:1], prompter.vocab, 120, settings)
-    compiled = generation._generate._cache_size()
+    compiled = decode._generate._cache_size()
     generate_codes(*model, prompts[2:], prompter.vocab, 100, dataclasses.replace(settings, seed=5))
     assert len(prompts[0]) + 120 != len(prompts[2]) + 100
-    assert generation._generate._cache_size() == compiled
+    assert decode._generate._cache_size() == compiled
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
@@ -413,6 +415,12 @@ def test_no_speech_at_all_is_an_error_and_no_file(folder, codec, tmp_path, monke
         ({"model": "absent"}, "absent"),
         ({"codec": "absent/codec/folder"}, "no such codec"),
         ({"step": 7}, "no checkpoint of step 7"),
+        ({"tensor": 9}, "there are 8; choose 1 to 8"),
+        ({"tensor": 0}, "choose 1 to 8"),
+        ({"speaker": "x" * 100_000}, "speaker has 100,000 characters"),
+        ({"speaker": "ada\nben"}, "line breaks"),
+        ({"speaker": "\x1b[2J"}, "control characters"),
+        ({"language": " en"}, "blanks at its ends"),
     ],
 )
 def test_bad_requests_are_refused_and_leave_no_file(folder, codec, tmp_path, change, message):
@@ -427,6 +435,27 @@ def test_bad_requests_are_refused_and_leave_no_file(folder, codec, tmp_path, cha
     with pytest.raises(UserError, match=message):
         generate(request.pop("model"), [Line(request.pop("text"), request.pop("out"))], **request)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_texts_need_two_files(folder, codec, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    lines = [Line("dog", tmp_path / "out.wav"), Line("cat", tmp_path / "link" / "out.wav")]
+    with pytest.raises(UserError, match=r"out\.wav is given twice as the file to write"):
+        generate(folder, lines, codec=codec)
+
+
+def test_a_long_prompt_is_read_in_blocks(model, prompter, monkeypatch):
+    """And says what it says when it is read at once; rows end in different blocks."""
+    prompts = [prompter.opening("word " * count) for count in (5, 70, 150)]
+    assert len(prompts[0]) < 128 < 256 < len(prompts[2])
+    results = []
+    for block in (128, 1024):
+        monkeypatch.setattr(decode, "PROMPT_BLOCK", block)
+        decode._generate.clear_cache()
+        results.append(generate_codes(*model, prompts, prompter.vocab, 12, GREEDY))
+    decode._generate.clear_cache()
+    for in_blocks, at_once in zip(*results, strict=True):
+        np.testing.assert_array_equal(in_blocks.tokens, at_once.tokens)
 
 
 def test_a_codec_that_the_model_was_not_trained_with(folder, codec, tmp_path):

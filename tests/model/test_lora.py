@@ -17,7 +17,7 @@ from reference import config_of, hf_llama, params_of
 from twenty_steps import LENGTH, OPTIMIZER, STEPS, make_batches, train_in_torch
 
 from llasa_jax.errors import UserError
-from llasa_jax.model.llama import INPUTS
+from llasa_jax.model.axes import INPUTS
 from llasa_jax.model.lora import adapter_config, count, join
 from llasa_jax.model.settings import LoraSettings, ModelSettings
 from llasa_jax.model.sharding import make_mesh

@@ -106,3 +106,31 @@ def test_empty_mask_is_zero_not_nan():
         jnp.asarray(hidden), table, targets, np.zeros_like(mask), vocab_size=V, chunk=8
     )
     assert total == correct == 0
+
+
+@pytest.mark.parametrize("broken", [0.0, np.nan])
+def test_ties_are_not_hits(broken):
+    """A damaged model whose scores are all equal, or no numbers, knows nothing: its accuracy is 0,
+    and no target is among the ten most probable.
+    """
+    hidden, table, targets, _ = inputs()
+    hidden, mask = np.full_like(hidden, broken), np.ones_like(targets, bool)
+    sizes = {"vocab_size": V, "chunk": 8}
+    total, correct = chunked_cross_entropy(hidden, table, targets, mask, **sizes)
+    assert correct == 0
+    nll, others = chunked_ranks(hidden, table, targets, **sizes)
+    np.testing.assert_array_equal(others, V - 1)
+    if broken == 0:
+        np.testing.assert_allclose(nll, np.log(V), rtol=1e-5)
+        np.testing.assert_allclose(total, B * T * np.log(V), rtol=1e-5)
+
+
+def test_a_tie_of_two_is_no_hit():
+    hidden, table, _, mask = inputs()
+    table[1] = table[0]
+    hidden[:] = table[0]  # both score highest, by far
+    zeros = np.zeros((B, T), np.int32)
+    _, correct = chunked_cross_entropy(hidden, table, zeros, mask, vocab_size=V, chunk=8)
+    assert correct == 0
+    _, others = chunked_ranks(hidden, table, zeros, vocab_size=V, chunk=8)
+    np.testing.assert_array_equal(others, 1)

@@ -20,8 +20,10 @@ from twenty_steps import make_batches
 from llasa_jax.convert import model_folder
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.errors import UserError
-from llasa_jax.generate.speaker import generate_codes, load
-from llasa_jax.model.llama import INPUTS, Cache
+from llasa_jax.generate.decode import generate_codes
+from llasa_jax.generate.speaker import load
+from llasa_jax.model.axes import INPUTS
+from llasa_jax.model.llama import Cache
 from llasa_jax.model.quantize import NF4, Quantized, quantize
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.model.sharding import LAYER_MATRICES, MESH_AXES, abstract_params, make_mesh
