@@ -388,14 +388,14 @@ def describe(plan_: Plan, settings: Settings) -> str:
             f" devices ({mesh}), {plan_.rows_per_device:g} rows per device; {how}"
         ),
         (
-            "peak memory a device:"
+            "peak memory per device:"
             f" {'' if plan_.fits else 'at least '}{plan_.peak_hbm_gib:.2f}{of} GiB"
         ),
         *(f"  {size:6.2f}  {name}" for name, size in plan_.memory_gib.items()),
         *(
             [
-                f"host memory a device: {plan_.host_gib:.2f} GiB; its way to and fro is not in the"
-                " times below"
+                f"host memory per device: {plan_.host_gib:.2f} GiB; moving it is not in the times"
+                " below"
             ]
             if plan_.host_gib
             else []

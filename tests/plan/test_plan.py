@@ -309,7 +309,7 @@ def test_levers_are_reckoned_with():
     assert inputs.host_gib == pytest.approx(plain.memory_gib[kept], abs=1e-3)
     assert plain.host_gib == 0
     assert on_host.peak_hbm_gib == pytest.approx(plain.peak_hbm_gib - on_host.host_gib, abs=1e-3)
-    assert "host memory a device" in plan.describe(on_host, SETTINGS)
+    assert "host memory per device" in plan.describe(on_host, SETTINGS)
 
 
 def test_what_needs_the_hosts_memory_is_refused_without():
