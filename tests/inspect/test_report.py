@@ -174,11 +174,11 @@ def test_command(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--sample", "0"], "the sample is 0 clips"),
-        (["--sample", "-1"], "the sample is -1 clips"),
-        (["--max-length", "0"], "the row length is 0 tokens"),
-        (["--max-length", "-1"], "the row length is -1 tokens"),
-        (["--max-length", "10000000000"], "the row length is 10000000000 tokens"),
+        (["--sample", "0"], "argument --sample: must be at least 1"),
+        (["--sample", "-1"], "argument --sample: must be at least 1"),
+        (["--max-length", "0"], "argument --max-length: must be at least 2"),
+        (["--max-length", "-1"], "argument --max-length: must be at least 2"),
+        (["--max-length", "10000000000"], "argument --max-length: must be at least 2"),
         (["--out", ""], "--out is '.'"),
         (["--out", "."], "--out is '.'"),
         (["--out", "no/such/r.html"], "no/such: no such folder"),
