@@ -159,11 +159,9 @@ def saved_steps(folder: Path) -> list[int]:
     its number when it is whole.
     """
     checkpoints = Path(folder) / CHECKPOINTS
-    return (
-        sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
-        if checkpoints.is_dir()
-        else []
-    )
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    # Not 06, which somebody else has made.
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def read_about(folder: Path, step: int) -> dict:

@@ -78,6 +78,7 @@ class Checkpoints:
             {"dataset": data} if data else {}
         )
         self._run, self._base = run, base
+        self._newest = 0  # the newest step that is known to be whole
         self._losses = {
             step: loss
             for step in saved_steps(run)
@@ -126,6 +127,7 @@ class Checkpoints:
         }
         with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**items))
+        self._newest = step
 
     def check(self) -> None:
         """Raises UserError if what is being written in the background has failed. Otherwise the
@@ -161,7 +163,7 @@ class Checkpoints:
                 damaged[step] = failure
                 continue
             self._move_aside(damaged)
-            self._remove_half_deleted(step)
+            self._newest = step
             return step, *read
         if damaged:
             raise UserError(
@@ -198,6 +200,8 @@ class Checkpoints:
         try:
             with self._explained():
                 self._manager.close()
+                if kind is None and jax.process_index() == 0:
+                    self._remove_half_deleted()
         except UserError:
             # The first error is the cause, and the one to tell.
             if kind is None:
@@ -320,16 +324,15 @@ class Checkpoints:
             hosts.largest(0)  # nobody looks before all is moved
             self._manager.reload()
 
-    def _remove_half_deleted(self, newest: int) -> None:
-        """Removes what a process that was killed while it removed an old checkpoint has left."""
-        steps = sorted(self._manager.all_steps())
-        if jax.process_index() == 0:
-            for step, wanted in zip(steps, self._preserved(steps), strict=True):
-                half = self._is_ours(step) and not ITEMS.issubset(self._contents(step))
-                if step < newest and (half or not wanted):
-                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
-        hosts.largest(0)  # nobody looks before all is removed
-        self._manager.reload()
+    def _remove_half_deleted(self) -> None:
+        """Removes what a process that was killed while it removed an old checkpoint has left, if no
+        later save has done so.
+        """
+        steps = saved_steps(self._run)
+        for step, wanted in zip(steps, self._preserved(steps), strict=True):
+            half = self._is_ours(step) and not ITEMS.issubset(self._contents(step))
+            if step < self._newest and (half or not wanted):
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)
 
     def _check_writable(self) -> None:
         """UserError where nothing can be made in the folder. Orbax would wait 300 s for another
