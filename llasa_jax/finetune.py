@@ -7,6 +7,7 @@ Whatever can refuse a run does so before anything large is loaded.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llasa_jax.convert.model_folder import check_base, load_tokenizer, open_model, saved_steps
 from llasa_jax.convert.peft_adapter import open_adapter
@@ -53,7 +54,7 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
         job = prepare.prepare(settings, records, validation)
         # The codec of online training, and the readers of its audio.
         encoder = open_encoder(settings.data.online, records, validation, out=settings.out)
-        codec = codec_of(settings.sources, encoder and encoder.codec)
+        codec = codec_of(settings.sources, encoder.codec if encoder else None)
         with out_of_memory_explained(settings):
             return loop.run(job, codec, adapter=adapter, encoder=encoder, stop=stop)
 
@@ -119,7 +120,7 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
     adapter = open_adapter(Path(lora.init), base)
     config = adapter.config
     tokens = load_tokenizer(base).convert_ids_to_tokens(list(config.rows))
-    fixed = {
+    fixed: dict[str, Any] = {
         "rank": config.rank,
         "alpha": config.alpha,
         "targets": list(config.targets),

@@ -79,7 +79,7 @@ class DirectFile:
 
 
 def _write(file: int, offset: int, data: np.ndarray) -> None:
-    rest = memoryview(data)
+    rest = data.data
     while rest:
         written = os.pwrite(file, rest, offset)
         rest, offset = rest[written:], offset + written

@@ -84,8 +84,12 @@ def export_hf(
         if push_to_hub:
             _push(destination, push_to_hub, public)
         return
-    reader = merged_reader(source, step, base) if adapters else model.reader(step)
-    untied, config = adapters and reader.config != config, getattr(reader, "config", config)
+    if adapters:
+        merged = merged_reader(source, step, base)
+        reader: Reader = merged
+        untied, config = merged.config != config, merged.config
+    else:
+        reader, untied = model.reader(step), False
     names = {(place.path, place.layer): name for name, place in places(config).items()}
     shapes = {name: place.shape for name, place in places(config).items()}
     dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
@@ -151,7 +155,7 @@ def _export_parameter(
     """Copies one parameter, as one HF tensor or one a layer, and tells which of them have a fault
     and which.
     """
-    faults = {}
+    faults: dict[str, str] = {}
     stacked = path.startswith("layers.")
     for start, piece in reader.pieces(path):
         tensors = (

@@ -33,7 +33,8 @@ def added_rows(checkpoint: SafetensorsFolder, table: str, count: int, seed: int)
     def block(start: int) -> torch.Tensor:
         return torch.from_numpy(checkpoint.read(table, start, start + BLOCK).astype(np.float32))
 
-    mean = sum(block(start).sum(0, dtype=torch.float64) for start in blocks).div(rows).float()
+    sums = (block(start).sum(0, dtype=torch.float64) for start in blocks)
+    mean = sum(sums, torch.zeros(width, dtype=torch.float64)).div(rows).float()
     covariance = torch.zeros(width, width)
     for start in blocks:
         centred = block(start) - mean

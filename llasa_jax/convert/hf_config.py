@@ -7,6 +7,7 @@ that of 5 (`rope_parameters`, `dtype`). Absent fields have the defaults of HF's 
 
 import math
 from pathlib import Path
+from typing import Any
 
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig, RopeScaling
@@ -42,7 +43,7 @@ HONOURED = {
     *("dtype", "torch_dtype"),
 }
 # What the model here does not do, each with the values that ask for nothing.
-ONLY = {
+ONLY: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -198,7 +199,7 @@ def _rope(config: dict, where: Path, positions: int) -> tuple[float, RopeScaling
             f"{where}: the {field} of type {kind!r} is not read, only 'default' and 'llama3' are;"
             " use another checkpoint"
         )
-    original = config.get(
+    original: Any = config.get(
         "original_max_position_embeddings", rope.get("original_max_position_embeddings", positions)
     )
     try:

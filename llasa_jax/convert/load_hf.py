@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llasa_jax.convert.hf_config import model_config
 from llasa_jax.convert.hf_files import CONFIG, read_json
 from llasa_jax.convert.names import check_names, our_shapes
-from llasa_jax.convert.params_io import restore
+from llasa_jax.convert.params_io import index_bounds, restore
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.sharding import abstract_params
@@ -101,12 +101,9 @@ def _load(
     checkpoint: SafetensorsFolder, name: str, shape: tuple[int, ...], sharding: NamedSharding, dtype
 ) -> jax.Array:
     """One HF tensor in our `shape`, which splits its rows into heads or adds rows of zeros."""
-
-    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-        return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
     tensor = checkpoint.tensors[name]
-    ours = {bounds(index) for index in sharding.addressable_devices_indices_map(shape).values()}
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    ours = {index_bounds(index, shape) for index in indices}
     shards = {box: np.zeros([stop - start for start, stop in box], dtype) for box in ours}
     # Rows of the tensor in one of ours: the width of a head, where heads are a dimension.
     hf_rows = max(1, tensor.shape[0] // shape[0])
@@ -122,4 +119,6 @@ def _load(
                     (slice(first - start, last - start), *(slice(*side) for side in box[1:]))
                 ]
                 shard[first - box[0][0] : last - box[0][0]] = cast(part, shard.dtype)
-    return jax.make_array_from_callback(shape, sharding, lambda index: shards[bounds(index)])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: shards[index_bounds(index, shape)]
+    )

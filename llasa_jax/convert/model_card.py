@@ -105,7 +105,7 @@ def _is_path(text: str) -> bool:
 
 def _last_numbers(path: Path, step: int) -> dict[str, float]:
     """The losses and accuracies that were last written up to `step`."""
-    last = {}
+    last: dict[str, float] = {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             numbers = json.loads(line)

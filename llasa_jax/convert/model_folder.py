@@ -21,7 +21,7 @@ import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +131,8 @@ def _description(path: Path) -> tuple[ModelConfig, dict]:
 def write_description(folder: Path, config: ModelConfig, source: dict) -> None:
     """Writes `model.json`. `source` is the `origin` of a `Model`."""
     folder.mkdir(parents=True, exist_ok=True)
-    description = {"config": dataclasses.asdict(config), "source": source}
-    description["checksum"] = _geometry_checksum(description["config"])
+    values = dataclasses.asdict(config)
+    description = {"config": values, "source": source, "checksum": _geometry_checksum(values)}
     write_whole(folder / MODEL_FILE, json.dumps(description, indent=2) + "\n")
 
 
@@ -164,7 +164,7 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
-def read_about(folder: Path, step: int) -> dict:
+def read_about(folder: Path, step: int | str) -> dict:
     """What a run noted beside a checkpoint; nothing if that is damaged."""
     path = folder / CHECKPOINTS / str(step) / ABOUT / "metadata"
     try:
@@ -181,10 +181,10 @@ def adapters_of(source: dict) -> tuple[AdapterConfig | None, Path | None]:
         return None, None
     try:
         values = source["lora"]["adapters"].items()
-        adapters = AdapterConfig(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values}
-        )
-        return adapters, Path(source["lora"]["base"])
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values
+        }
+        return AdapterConfig(**fields), Path(source["lora"]["base"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the adapters in a LoRA run's {MODEL_FILE} are damaged ({first_line(error)}); give"
@@ -232,6 +232,7 @@ def load_params(
     adapters, _ = adapters_of(source)
     if adapters is None:
         return restore_params(folder, abstract_params(config, mesh, dtype), step)
+    folder = Path(folder)
     trained = load_trained(folder, mesh, dtype, step)
     return join(load_base(folder, mesh, dtype, step, base), trained)
 
@@ -265,9 +266,11 @@ def base_of(run: Path, base: str | Path | None = None) -> Path:
     """Where the base of the LoRA run `run` lies: in `base`, or where it lay in training. UserError
     where it is not there.
     """
-    base = Path(base or adapters_of(read_description(run)[1])[1])
-    check_base(run, base)
-    return base
+    if not base:
+        _, base = adapters_of(read_description(run)[1])
+        assert base is not None  # as `run` is a LoRA run
+    check_base(run, Path(base))
+    return Path(base)
 
 
 def check_base(run: Path, base: Path) -> None:

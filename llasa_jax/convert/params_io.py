@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -47,6 +47,12 @@ class Reader(Protocol):
     dtypes: dict[str, np.dtype]
 
     def pieces(self, path: str) -> Iterator[tuple[int, np.ndarray]]: ...
+
+
+class ShardReader(Protocol):
+    """Weights that can be read straight into shards: ours, or a Hugging Face checkpoint's."""
+
+    def onto(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array: ...
 
 
 class ParamsWriter:
@@ -124,6 +130,7 @@ class ParamsWriter:
         """
         array, axes = self._arrays[path], self._axes[path]
         if axes[0] == "L":
+            assert index is not None
             target, at, start = array[index], index, 0
         else:
             first = (index or 0) * len(piece)
@@ -169,7 +176,7 @@ class ParamsReader:
         self._folder = self._alias.__enter__()
         self._expected, self._arrays = recorded_checksums(self.where), {}
         for path, shape in shapes.items():
-            kvstore = {"driver": "file", "path": f"{self._folder}/{path}/"}
+            kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._folder}/{path}/"}
             if layout["use_ocdbt"]:
                 base = {"driver": "file", "path": f"{self._folder}/"}
                 kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
@@ -203,7 +210,10 @@ class ParamsReader:
         rows. The next one is being read while the caller works on this one.
         """
         array = self._arrays[path]
-        rows = array.chunk_layout.read_chunk.shape[0]
+        chunk = array.chunk_layout.read_chunk.shape
+        assert chunk is not None  # an open array knows its chunks
+        assert chunk[0] is not None
+        rows = chunk[0]
         if len(array.shape) == 2:
             row_bytes = array.shape[1] * self.dtypes[path].itemsize
             rows *= max(1, PIECE_BYTES // (rows * row_bytes))
@@ -211,7 +221,7 @@ class ParamsReader:
         reads = (array[start : min(start + rows, array.shape[0])].read() for start in starts)
         sums, ahead = Sums(path), next(reads)
         for start in starts:
-            current, ahead = ahead, next(reads, None)
+            current, ahead = ahead, next(reads, ahead)
             piece = self._result(path, current)
             sums.add(start, piece)
             yield start, piece
@@ -225,12 +235,11 @@ class ParamsReader:
         """
         array, sharding = self._arrays[path], target.sharding
         indices = sharding.addressable_devices_indices_map(target.shape)
-        reads = {_bounds(index, target.shape): None for index in indices.values()}
-        for bounds in reads:
-            reads[bounds] = array[tuple(slice(*side) for side in bounds)].read()
+        wanted = dict.fromkeys(index_bounds(index, target.shape) for index in indices.values())
+        reads = {bounds: array[tuple(slice(*side) for side in bounds)].read() for bounds in wanted}
         parts = {bounds: self._result(path, read) for bounds, read in reads.items()}
         whole = jax.make_array_from_callback(
-            target.shape, sharding, lambda index: parts[_bounds(index, target.shape)]
+            target.shape, sharding, lambda index: parts[index_bounds(index, target.shape)]
         )
         if path in self._expected:
             compare(checksums(_nested(path, whole)), self._expected, self.where)
@@ -252,7 +261,11 @@ def _cast(array: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
     return cast(array)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def index_bounds(
+    index: tuple[slice, ...] | None, shape: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Start and stop of each dimension of a shard in an array of this shape."""
+    assert index is not None  # JAX's types allow None, and it gives none here
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
@@ -266,7 +279,8 @@ class Sums:
     """Adds up the checksums of a parameter's pieces: one a layer for what lies in `layers`."""
 
     def __init__(self, path: str):
-        self._stacked, self.sums = path.startswith("layers."), []
+        self._stacked = path.startswith("layers.")
+        self.sums: list[int] = []
 
     def add(self, start: int, piece: np.ndarray) -> None:
         """`start` is the index of the piece's first layer or row."""
@@ -286,7 +300,7 @@ def tree_shapes(tree: dict) -> dict[str, tuple[int, ...]]:
     return {name(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def restore(reader: "Reader", target: dict) -> dict:
+def restore(reader: ShardReader, target: dict) -> dict:
     """The weights that `target`, a tree of `ShapeDtypeStruct`s with shardings, names, in its types
     and shards, one parameter after the other. UserError as of the reader.
     """

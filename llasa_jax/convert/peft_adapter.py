@@ -13,6 +13,7 @@ Tables are padded to V. Letters as in `llasa_jax.model.axes`.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,7 +98,7 @@ def open_adapters(folders: Sequence[str], base: Path, texts: int) -> list[Adapte
     }
     return [
         opened.get(folder)
-        for folder in (folders if len(folders) == texts else [*folders] * texts or [None] * texts)
+        for folder in (folders if len(folders) == texts else [*folders] * texts or [""] * texts)
     ]
 
 
@@ -193,9 +194,10 @@ def _check_tensors(
 
 
 def _at(tree: dict, path: tuple[str, ...]) -> np.ndarray:
+    leaf: Any = tree
     for name in path:
-        tree = tree[name]
-    return tree
+        leaf = leaf[name]
+    return leaf
 
 
 def _names(
@@ -203,7 +205,7 @@ def _names(
 ) -> dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]]:
     """Each of PEFT's tensors: where it lies in our tree, at which layer, and PEFT's shape."""
     size = sizes(config, adapters) | {"V": config.vocab_size}
-    found = {}
+    found: dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]] = {}
     _, axes = split(parameter_axes(config, adapters), adapters)
     for name, factors in axes.get("lora", {}).items():
         for factor, letters in factors.items():

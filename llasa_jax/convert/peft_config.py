@@ -125,7 +125,7 @@ def _targets(
     available = ", ".join(TARGETS.values())
     if targets is None:
         raise UserError(f"{where}: target_modules is missing; name some of {available}")
-    names = {
+    names: dict[str, tuple[str, int | None]] = {
         f"model.layers.{layer}.{LAYER[name]}": (name, layer)
         for name in TARGETS
         if name in LAYER_AXES

@@ -127,7 +127,7 @@ class SafetensorsFolder:
         array = (np.empty(len(rows) * row_bytes, np.uint8) if memory is None else memory)[
             : len(rows) * row_bytes
         ]
-        buffer = memoryview(array)
+        buffer = array.data
         with tensor.file.open("rb", buffering=0) as file:
             file.seek(tensor.offset + rows.start * row_bytes)
             while buffer:
@@ -228,7 +228,8 @@ class SafetensorsWriter:
         self._tensors: dict[str, Tensor] = {}
         self._files = {}
         for number, members in enumerate(shards, 1):
-            header, at = {"__metadata__": {"format": "pt"}}, 0
+            header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+            at = 0
             for name in members:
                 header[name] = {
                     "dtype": CODES[dtypes[name]],

@@ -131,8 +131,9 @@ def _compare_tensors(
     """
     config, origin = read_description(our_checkpoint)
     if adapters_of(origin)[0]:
-        reader: Reader = merged_reader(our_checkpoint, step, base)
-        config = reader.config
+        merged = merged_reader(our_checkpoint, step, base)
+        reader: Reader = merged
+        config = merged.config
     else:
         reader = open_model(our_checkpoint).reader(step)
     # Theirs by their own config: a tied model's export after LoRA on one table is untied.
@@ -160,7 +161,7 @@ def _merged(
 ) -> tuple[ModelConfig, dict]:
     """A LoRA run's weights as `export-hf --lora merge` writes them, in `dtype`."""
     reader = merged_reader(run, step, base)
-    tree = {"layers": {}}
+    tree: dict = {"layers": {}}
     for path in reader.dtypes:
         whole = np.concatenate([cast(piece, dtype) for _, piece in reader.pieces(path)])
         (tree["layers"] if path.startswith("layers.") else tree)[path.removeprefix("layers.")] = (

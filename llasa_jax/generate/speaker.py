@@ -81,8 +81,15 @@ def load(
         adapter_config = adapter.config
         wanted = abstract_params(config, mesh, jnp.dtype(dtype), adapter_config)
         params = join(params, put_on_devices(adapter.params, wanted))
-    options = {"dtype": jnp.dtype(dtype), "remat": "none", "adapters": adapter_config}
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(
+        lambda: Llama(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=jnp.dtype(dtype),
+            remat="none",
+            adapters=adapter_config,
+        )
+    )
     return nnx.graphdef(model), params, prompter, tokenizer
 
 
@@ -148,9 +155,10 @@ def generate(
     voice = load_codec(codec, device)
     _check_codec(model, voice)
     prompt_codes = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
-    cloned = {"prompt_text": prompt_text or "", "prompt_codes": prompt_codes}
     prompts = [
-        prompter.opening(line.text, **conditions, **cloned)
+        prompter.opening(
+            line.text, **conditions, prompt_text=prompt_text or "", prompt_codes=prompt_codes
+        )
         for line, prompter in zip(lines, prompters, strict=True)
     ]
     limits = [
@@ -161,9 +169,11 @@ def generate(
         )
         for line in lines
     ]
-    stop_ids = [model_prompter.vocab.speech_end] + (
-        [] if sampling.speech_only else [tokenizer.convert_tokens_to_ids("<|eot_id|>")]
-    )
+    stop_ids = [model_prompter.vocab.speech_end]
+    if not sampling.speech_only:
+        turn_end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        assert isinstance(turn_end, int)  # of one token: a list is of several
+        stop_ids.append(turn_end)
 
     started = time.perf_counter()
     results = generate_codes(

@@ -9,10 +9,11 @@ Letters: B rows, T queries, S keys, N heads, K key-value heads, H head width.
 
 import warnings
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from llasa_jax.model.sharding import HEADS, ROWS
 
@@ -20,7 +21,7 @@ QUERY_BLOCK = 512
 OF_PLATFORM = {"tpu": "splash", "gpu": "triton"}
 
 
-def choose_attention(name: str, mesh: Mesh, *, interpret: bool = False):
+def choose_attention(name: str, mesh: Mesh | AbstractMesh, *, interpret: bool = False):
     """The function of `model.attention` on this mesh: "auto" is splash on TPUs, triton on GPUs and
     xla elsewhere.
 
@@ -90,9 +91,10 @@ def splash_attention(
     _, T, N, H = q_BTNH.shape
     block = next(size for size in (512, 256, 128) if T % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes: dict[str, Any] = dict.fromkeys(names, block)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=splash.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

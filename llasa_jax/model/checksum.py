@@ -49,7 +49,7 @@ def checksums(tree) -> dict[str, list[int]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         keys = jax.tree_util.keystr(path, simple=True, separator=".")
         sharding = getattr(leaf, "sharding", None)
-        if getattr(sharding, "memory_kind", None) == "pinned_host":
+        if sharding and sharding.memory_kind == "pinned_host":
             leaf = jax.device_put(leaf, sharding.with_memory_kind("device"))
         stacked = STACKED in keys.split(".")
         if (

@@ -117,6 +117,12 @@ class Llama(nnx.Module):
     that: no adapter is ever multiplied out.
     """
 
+    # The factors of adapters, their rows, and which of them each row of a batch has. They exist
+    # only in a model with such adapters.
+    lora: dict[str, dict[str, nnx.Param]]
+    rows: dict[str, nnx.Param]
+    choice: dict[str, nnx.Param]
+
     def __init__(
         self,
         config: ModelConfig,
@@ -236,6 +242,7 @@ class Llama(nnx.Module):
             )
             for x, table in parts
         )
+        assert isinstance(scores, jax.Array)  # there is at least the head's part
         return scores[..., : self.config.vocab_size]
 
     def output_factors(
@@ -352,7 +359,10 @@ class Llama(nnx.Module):
 
     def _drop(self, x, key, target):
         """Dropout before an adapter, each target's its own, as PEFT has it."""
-        if key is None or not self.adapters.dropout:
+        if key is None:
+            return x
+        assert self.adapters
+        if not self.adapters.dropout:
             return x
         keep = 1 - self.adapters.dropout
         kept = jax.random.bernoulli(
@@ -361,12 +371,14 @@ class Llama(nnx.Module):
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
     def _scaled(self, r):
+        assert self.adapters
         return self._chosen(r * jnp.asarray(self.adapters.scale, r.dtype), "lora")
 
     def _chosen(self, x, kind):
         """`x` [B, ..., R or X] with what each row of the batch makes of it, where several adapters
         lie side by side.
         """
+        assert self.adapters
         if not self.adapters.batch:
             return x
         choice = self.choice[kind].get_value().astype(x.dtype)

@@ -142,10 +142,11 @@ def count(config: ModelConfig, adapters: AdapterConfig | None) -> tuple[int, int
     """
     size = sizes(config, adapters) | {"V": config.vocab_size}
     frozen, trained = split(parameter_axes(config, adapters), adapters)
-    return tuple(
+    trained_count, frozen_count = (
         sum(math.prod(size[letter] for letter in axes) for axes in jax.tree.leaves(tree))
         for tree in (trained, frozen)
     )
+    return trained_count, frozen_count
 
 
 def put_on_devices(params: dict, like: dict) -> dict:
@@ -176,7 +177,7 @@ def new_adapters(params: dict, abstract: dict, adapters: AdapterConfig, seed: in
 
     @partial(jax.jit, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, wanted))
     def make(key, tables):
-        made = {"lora": {}} if adapters.targets else {}
+        made: dict[str, dict] = {"lora": {}} if adapters.targets else {}
         for number, name in enumerate(adapters.targets):
             a, b = abstract["lora"][name]["a"], abstract["lora"][name]["b"]
             key_of = jax.random.fold_in(key, number)

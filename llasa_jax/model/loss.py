@@ -13,7 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.model.sharding import GROUP, REPEATS, ROWS, TABLE, VOCABULARY, make_mesh
 
@@ -30,7 +30,7 @@ def chunked_cross_entropy(
     *,
     vocab_size: int,
     chunk: int,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of -log p(target) in nats, and how many targets are likelier than every other token
     (a tie is not), over the tokens in `mask`.
@@ -164,7 +164,7 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
             tuple(map(to_hidden, grads, table_VD)),
         )
 
-    no_grads = (None, None)
+    no_grads: tuple = (None, None)
     if learns is not None:
         no_grad_table = tuple(
             jnp.zeros(one.shape, jnp.float32) if learn else None
@@ -190,7 +190,7 @@ def _gather_rows(x):
     return jax.lax.all_gather(x, GROUP, axis=0, tiled=True) if GROUP else x
 
 
-def _in_shares(table: Factors, hidden: Factors, mesh: Mesh) -> Factors:
+def _in_shares(table: Factors, hidden: Factors, mesh: Mesh | AbstractMesh) -> Factors:
     """The tables in the hidden states' type, split over the vocabulary."""
     share = NamedSharding(mesh, PartitionSpec(VOCABULARY))
     return tuple(
@@ -205,7 +205,7 @@ def chunked_ranks(
     *,
     vocab_size: int,
     chunk: int,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Token by token: -log p(target) in nats, float32 [B, T], and how many other tokens are at
     least as likely as the target, int32 [B, T].

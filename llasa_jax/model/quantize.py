@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llasa_jax.model.config import Quantization
-
 TILE = 64
 # The published values, ascending. A weight gets the nearest.
 NF4 = (
@@ -99,7 +97,7 @@ def quantize_stack(stack: jax.Array, target: Quantized) -> Quantized:
     """A stack of layers [L, ...], which is used up, as `target` has it: its kind and its shardings.
     One layer at a time is in float32.
     """
-    kind: Quantization = "int8" if target.codes.dtype == jnp.int8 else "nf4"
+    kind: Literal["int8", "nf4"] = "int8" if target.codes.dtype == jnp.int8 else "nf4"
 
     def quantize_layers(stack):
         return jax.lax.map(lambda weight: quantize(weight, kind, target.inputs), stack)

@@ -6,12 +6,13 @@ vocabulary. Only the table below names these axes; all other code takes them fro
 
 from functools import partial
 from math import prod
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.errors import UserError
 from llasa_jax.model.axes import INPUTS, LAYER_AXES, parameter_axes, sizes
@@ -67,7 +68,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> dict[str, int]:
     return {axis: count // fixed if n == -1 else n for axis, n in named.items()}
 
 
-def devices_along(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def devices_along(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     """How many devices lie along some axes of a mesh."""
     return prod(mesh.shape[axis] for axis in axes)
 
@@ -108,7 +109,7 @@ def make_mesh(
     return _rows_by_process(Mesh(arranged, MESH_AXES, axis_types=axis_types))
 
 
-def row_devices(mesh: Mesh, rows: int = 0) -> int:
+def row_devices(mesh: Mesh | AbstractMesh, rows: int = 0) -> int:
     """Over how many devices the rows of a batch are split. UserError where `rows` do not divide
     over them.
     """
@@ -148,7 +149,7 @@ NAMES = {
 
 
 def parameter_shardings(
-    config: ModelConfig, mesh: Mesh, adapters: AdapterConfig | None = None
+    config: ModelConfig, mesh: Mesh | AbstractMesh, adapters: AdapterConfig | None = None
 ) -> dict:
     """A `NamedSharding` for each parameter, in the shape of the parameter tree.
 
@@ -207,7 +208,7 @@ class MeshLayout(Layout):
     layer's weights over those of their axes that do not split the width D.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh | AbstractMesh):
         self._mesh = mesh
 
     def weight(self, axes, weight):
@@ -255,7 +256,7 @@ _moved.defvjp(
 
 def abstract_params(
     config: ModelConfig,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     dtype,
     adapters: AdapterConfig | None = None,
     quantization: Quantization = "none",
@@ -282,7 +283,9 @@ def abstract_params(
     return params
 
 
-def _abstract_quantized(weight: jax.ShapeDtypeStruct, kind: Quantization, inputs: int) -> Quantized:
+def _abstract_quantized(
+    weight: jax.ShapeDtypeStruct, kind: Literal["int8", "nf4"], inputs: int
+) -> Quantized:
     """A weight's codes and scales lie as it does; a dimension of the scales that does not divide
     over the mesh is whole everywhere.
     """

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, inf, prod
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llasa_jax.convert import model_folder
 from llasa_jax.errors import UserError
@@ -41,7 +42,7 @@ from llasa_jax.train.step import TrainStep
 
 HERE = "here"
 TOKENS_PER_CODE = 1.2  # a clip's text and chat turns add about a fifth to its codes
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "vocab_size": 193_800,
     "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
     "num_key_value_heads": 8,
@@ -128,9 +129,12 @@ def plan(
 
     `topology` is like v5e:4x4 or h100:8, and is each slice's where `mesh.slices` is more than one.
     """
+    device: Device | None
+    mesh: Mesh | AbstractMesh
     estimated = topology.partition(":")[0].lower() in GPUS
     if estimated:
         _, device, count = parse_topology(topology)
+        assert count  # only a TPU slice has None
         sizes = mesh_sizes(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, count)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
     else:
@@ -156,7 +160,7 @@ def plan(
     row_devices(mesh, rows)
     # What is only estimated has no platform to choose an attention for.
     model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
-    if not estimated:
+    if isinstance(mesh, Mesh):
         check_host_memory(settings, mesh)
     optimizer, lora = make_optimizer(settings.optimizer, 1000), settings.lora
     # A plan has no tokenizer: what rows of single tokens take is next to nothing.
@@ -168,6 +172,7 @@ def plan(
     step = TrainStep(config, model, optimizer, mesh, adapters=adapters, **settings.step_options)
     held, on_host = held_gib(config, settings, step)
     if estimated:
+        assert device
         peak = sum(held.values()) + working_gib(config, settings, mesh)
         fits = peak < device.memory
     else:
@@ -175,7 +180,7 @@ def plan(
         peak = max(peak, sum(held.values()))
         # Only the TPU compiler refuses what is too large.
         fits = fits and not (device and peak > device.memory)
-    shape = StepShape(rows, length, accumulation, *mesh.shape.values(), settings.model.remat)
+    shape = StepShape(rows, length, accumulation, **mesh.shape, remat=settings.model.remat)
     seconds = step_seconds(config, shape, device, adapters, lora.quantize) if device else {}
     return Plan(
         topology=topology,
@@ -185,7 +190,7 @@ def plan(
         estimated=estimated,
         fits=fits,
         peak_hbm_gib=round(peak, 4),
-        hbm_gib=device and device.memory,
+        hbm_gib=device.memory if device else None,
         host_gib=round(on_host, 4),
         memory_gib={
             name: round(size, 4)
@@ -265,7 +270,7 @@ def search_rows(settings: Settings, config: ModelConfig, topology: str) -> Plan 
             a_row = (best.peak_hbm_gib - before.peak_hbm_gib) / (
                 best.rows_per_device - before.rows_per_device
             )
-            left = (best.hbm_gib - best.peak_hbm_gib) / max(a_row, 1e-6)
+            left = (tried.hbm_gib - best.peak_hbm_gib) / max(a_row, 1e-6)
             rows = int(
                 best.rows_per_device
                 + max(1, min(left, 3 * best.rows_per_device, refused - 1 - best.rows_per_device))
@@ -329,7 +334,7 @@ def _machine(topology: str, slices: int) -> tuple[list, Device | None]:
     from jax.experimental import topologies
 
     try:
-        options = {"num_slices": slices} if slices > 1 else {}
+        options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
         if prod(map(int, topology.partition(":")[2].split("x"))) < 4:
             options["chips_per_host_bounds"] = (1, 1, 1)
         with _quiet():
@@ -373,6 +378,7 @@ def _compiled_peak(
             raise
         sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
         return max(map(float, sizes), default=0.0), False
+    assert analysis  # every backend here gives one
     # XLA's peak counts arguments that lie on the host too.
     return (analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes) / 2**30, True
 

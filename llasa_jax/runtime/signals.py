@@ -31,12 +31,14 @@ class StopSignal:
     """Turns a signal into a number to look at between steps; a second one is a KeyboardInterrupt. A
     context, of the main thread.
 
-    `at_once`: there is nothing to save, so a signal need not wait for that look. Only
-    `CommandSignal` acts on it.
+    `at_once`: there is nothing to save, so a signal need not wait for that look. `before_end` is
+    called with the signal's number before the process ends at one: it tells the other hosts. Only
+    `CommandSignal` acts on the two.
     """
 
     def __init__(self):
         self.received, self.at_once = 0, False
+        self.before_end: Callable[[int], None] = lambda number: None
 
     def listen(self) -> None:
         """Installs the handlers, again where others have replaced them, as `jax.distributed` does.
@@ -74,8 +76,6 @@ class CommandSignal(StopSignal):
     def __init__(self):
         super().__init__()
         self.at_once = True
-        # Called before the process ends at a signal, with its number: tells the other hosts.
-        self.before_end: Callable[[int], None] = lambda number: None
 
     def _note(self, number, frame):
         self.received = self.received or number

@@ -126,15 +126,19 @@ def _stream(optimizer, grads, state, params):
         grads[at], new, counters = jax.lax.fori_loop(0, slices, one_slice, start)
         for moment, stored in zip(moments, new, strict=True):
             moment[at] = stored
-    kept, counted = iter([grads_structure.unflatten(moment) for moment in moments]), iter(counters)
+    kept, counted = (
+        iter([jax.tree.unflatten(grads_structure, moment) for moment in moments]),
+        iter(counters),
+    )
     state = structure.unflatten(
         [next(kept) if _is_like(part, params) else next(counted) for part in parts]
     )
-    return grads_structure.unflatten(grads), state
+    return jax.tree.unflatten(grads_structure, grads), state
 
 
 def _is_like(tree, params) -> bool:
-    return jax.tree.structure(tree) == jax.tree.structure(params)
+    # JAX's own types do not say what a structure is.
+    return jax.tree.structure(tree) == jax.tree.structure(params)  # type: ignore[operator]
 
 
 def _parts(state, params):

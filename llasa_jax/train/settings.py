@@ -242,7 +242,7 @@ class Settings:
         """How the trained model is asked to speak: the prompt of the first source that teaches it
         to, or of the first of all.
         """
-        prompts = [source.prompt for source in self.sources]
+        prompts = [source.prompt for source in self.sources if source.prompt]
         return next((prompt for prompt in prompts if prompt.task == "tts"), prompts[0])
 
 
@@ -292,7 +292,7 @@ def _check_arguments(arguments: list[str]) -> None:
     not settings, and a setting given twice.
     """
     known = {name: field.type for name, field in _fields(Settings).items()}
-    given = {}
+    given: dict[str, str] = {}
     for at, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.model.attention import choose_attention
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization
@@ -41,7 +41,7 @@ class TrainStep:
         config: ModelConfig,
         settings: ModelSettings,
         optimizer: optax.GradientTransformation,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         code_ids: range = range(0),
         adapters: AdapterConfig | None = None,
         frozen_dtype: str = "bfloat16",
