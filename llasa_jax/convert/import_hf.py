@@ -180,13 +180,12 @@ def _dtypes(
 
 def _compare_head(checkpoint: SafetensorsFolder) -> None:
     embed, head = checkpoint.tensors[EMBED], checkpoint.tensors[HEAD]
+
+    def rows(name: str, at: int) -> np.ndarray:
+        return checkpoint.read(name, at, at + COMPARED_ROWS).view(np.uint8)
+
     if (embed.shape, embed.dtype) == (head.shape, head.dtype) and all(
-        np.array_equal(
-            *(
-                checkpoint.read(name, at, at + COMPARED_ROWS).view(np.uint8)
-                for name in (EMBED, HEAD)
-            )
-        )
+        np.array_equal(rows(EMBED, at), rows(HEAD, at))
         for at in range(0, embed.shape[0], COMPARED_ROWS)
     ):
         return
@@ -200,11 +199,11 @@ def _compare_head(checkpoint: SafetensorsFolder) -> None:
 
 def _extended(config: ModelConfig, tokens: dict[str, int], folder: Path):
     """The geometry and the tokenizer with the speech tokens."""
-    if not tokens:
-        raise UserError(f"{folder} has no tokenizer to extend; add its tokenizer files")
     if speaks(tokens):
         raise UserError(f"{folder} has the speech tokens already; import it without --extend-vocab")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if tokens else None
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer to extend; add its tokenizer files")
     extend_tokenizer(tokenizer)
     if len(tokenizer) < config.vocab_size:
         raise UserError(

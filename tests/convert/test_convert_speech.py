@@ -79,16 +79,18 @@ def test_extension_keeps_old_rows_and_adds_the_speech_tokens(extended, tokenizer
 def test_extension_is_only_for_text_models(extended, tmp_path):
     with pytest.raises(UserError, match="has the speech tokens already"):
         import_hf(extended / "out", tmp_path / "model", extend_vocab=True)
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        (extended / "text" / name).rename(tmp_path / name)
+    moved = []
     try:
-        with pytest.raises(UserError, match="no tokenizer to extend"):
-            import_hf(extended / "text", tmp_path / "model", extend_vocab=True)
+        # Without the first there is still a vocabulary, but no tokenizer.
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            moved.append((extended / "text" / name).rename(tmp_path / name))
+            with pytest.raises(UserError, match="no tokenizer to extend"):
+                import_hf(extended / "text", tmp_path / "model", extend_vocab=True)
         with pytest.warns(UserWarning, match="has no tokenizer"):
             import_hf(extended / "text", tmp_path / "bare")
     finally:
-        for name in ("tokenizer_config.json", "tokenizer.json"):
-            (tmp_path / name).rename(extended / "text" / name)
+        for path in moved:
+            path.rename(extended / "text" / path.name)
 
 
 @pytest.mark.parametrize("singular", [False, True])
