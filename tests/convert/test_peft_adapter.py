@@ -201,13 +201,13 @@ def test_training_goes_on_from_peft(bases, tmp_path):
         bases,
         tmp_path / "run",
         (True, LoraSettings(init=str(tmp_path / "adapter"))),
-        optimizer={"learning_rate": 0.0},
+        optimizer={"learning_rate": 1e-12},
     )
     settings, adapter = begin_with(settings)
     assert (settings.lora.rank, settings.lora.alpha, settings.lora.targets) == (8, 32, ["q", "v"])
     tokens = some_tokens(theirs.config.vocab_size)
     expected = their_logits(theirs, tokens)
-    # With a learning rate of zero what comes out is what went in.
+    # With next to no learning rate what comes out is what went in.
     run = train(
         dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=1)),
         [make_clips()],
@@ -436,8 +436,9 @@ def test_nothing_goes_on_without_the_base_or_with_another(bases, trained, tmp_pa
     shutil.rmtree(tmp_path / "ours-True" / "params")
     model_folder.save_params(tmp_path / "ours-True", params)
     other = "holds adapters for another model than the one that is in .*ours-True now"
+    with pytest.raises(UserError, match="was begun with another model than the one in .*ours-True"):
+        train(settings, [make_clips()])
     for attempt in (
-        lambda: train(settings, [make_clips()]),
         lambda: load(run),
         lambda: export_hf(run, tmp_path / "out", lora="merge"),
         lambda: verify(bases / "hf-True", run),
