@@ -26,24 +26,9 @@ def load_xcodec2(name: str, config_dict: dict, device) -> "Xcodec2Codec":
     shape.
     """
     import torch
-    from transformers import Xcodec2Config, Xcodec2Model
+    from transformers import Xcodec2Model
 
-    if config_dict.get("model_type") != "xcodec2":
-        raise UserError(
-            f"{name}: no codec, its config.json says model_type {config_dict.get('model_type')!r}, "
-            f"not 'xcodec2'; use {DEFAULT_CODEC}."
-        )
-    config = Xcodec2Config.from_dict(config_dict)
-    levels, hop, rate = (
-        int(np.prod(config.quantization_levels)),
-        config.hop_length,
-        config.sampling_rate,
-    )
-    if (levels, hop, rate) != (NUM_CODES, HOP, SAMPLE_RATE):
-        raise UserError(
-            f"{name}: {levels} codes of {hop} samples at {rate} Hz, but Llasa speaks {NUM_CODES}"
-            f" codes of {HOP} samples at {SAMPLE_RATE} Hz; use {DEFAULT_CODEC}."
-        )
+    config = read_config(name, config_dict)
     model: Xcodec2Model
     loaded: dict
     # transformers does not type what output_loading_info adds.
@@ -63,6 +48,63 @@ def load_xcodec2(name: str, config_dict: dict, device) -> "Xcodec2Codec":
     }
     refuse_faults(name, faults, "get a checkpoint saved by transformers' Xcodec2Model")
     return Xcodec2Codec(name, model.to(device))
+
+
+def read_config(name: str, config_dict: dict):
+    """The `Xcodec2Config` of a checkpoint in transformers' format.
+
+    Raises `UserError` for another model, and for codes that are not Llasa's.
+    """
+    from transformers import Xcodec2Config
+
+    if config_dict.get("model_type") != "xcodec2":
+        raise UserError(
+            f"{name}: no codec, its config.json says model_type {config_dict.get('model_type')!r}, "
+            f"not 'xcodec2'; use {DEFAULT_CODEC}."
+        )
+    config = Xcodec2Config.from_dict(config_dict)
+    levels, hop, rate = (
+        int(np.prod(config.quantization_levels)),
+        config.hop_length,
+        config.sampling_rate,
+    )
+    if (levels, hop, rate) != (NUM_CODES, HOP, SAMPLE_RATE):
+        raise UserError(
+            f"{name}: {levels} codes of {hop} samples at {rate} Hz, but Llasa speaks {NUM_CODES}"
+            f" codes of {HOP} samples at {SAMPLE_RATE} Hz; use {DEFAULT_CODEC}."
+        )
+    return config
+
+
+def check_waves(waves: list[np.ndarray]) -> None:
+    """Raises `UserError` for an empty wave, more than one channel, and NaN or infinite samples."""
+    for index, wave in enumerate(waves):
+        if wave.ndim != 1 or wave.size == 0:
+            raise UserError(
+                f"clip {index} to encode has shape {wave.shape}; give mono waves with at least"
+                " one sample."
+            )
+        if not np.isfinite(wave).all():
+            raise UserError(
+                f"clip {index} to encode has NaN or infinite samples; read it with"
+                " llasa_jax.speech.audio.read_audio."
+            )
+
+
+def check_codes(codes) -> np.ndarray:
+    """Codes as an array. Raises `UserError` for no codes, and for a code outside 0..65535."""
+    codes = np.asarray(codes)
+    if codes.ndim != 1 or codes.size == 0 or codes.dtype.kind not in "iu":
+        raise UserError(
+            f"codes to decode have shape {codes.shape} and type {codes.dtype}; give a flat,"
+            " non-empty array of integers."
+        )
+    if codes.min() < 0 or codes.max() >= NUM_CODES:
+        raise UserError(
+            f"codes to decode reach from {codes.min()} to {codes.max()}, outside 0..65535;"
+            " subtract the token base."
+        )
+    return codes
 
 
 def refuse_faults(name: str, faults: dict[str, Iterable[str]], fix: str) -> None:
@@ -93,7 +135,7 @@ class Xcodec2Codec:
 
         self.name = name
         self.model = model.float().eval()
-        self.fingerprint = _fingerprint(model.state_dict())
+        self.fingerprint = fingerprint_of(model.state_dict())
         self._mel = SeamlessM4TFeatureExtractor(
             feature_size=80, num_mel_bins=80, stride=2, sampling_rate=SAMPLE_RATE
         )
@@ -104,18 +146,9 @@ class Xcodec2Codec:
 
         Raises `UserError` for an empty wave, more than one channel, and NaN or infinite samples.
         """
+        check_waves(waves)
         clips_of_length = defaultdict(list)
         for index, wave in enumerate(waves):
-            if wave.ndim != 1 or wave.size == 0:
-                raise UserError(
-                    f"clip {index} to encode has shape {wave.shape}; give mono waves with at least"
-                    " one sample."
-                )
-            if not np.isfinite(wave).all():
-                raise UserError(
-                    f"clip {index} to encode has NaN or infinite samples; read it with"
-                    " llasa_jax.speech.audio.read_audio."
-                )
             clips_of_length[(len(wave) // HOP + 1) * HOP].append(index)
         codes = [np.zeros(0, np.uint16)] * len(waves)
         for length, clips in clips_of_length.items():
@@ -140,17 +173,7 @@ class Xcodec2Codec:
         """
         import torch
 
-        codes = np.asarray(codes)
-        if codes.ndim != 1 or codes.size == 0 or codes.dtype.kind not in "iu":
-            raise UserError(
-                f"codes to decode have shape {codes.shape} and type {codes.dtype}; give a flat,"
-                " non-empty array of integers."
-            )
-        if codes.min() < 0 or codes.max() >= NUM_CODES:
-            raise UserError(
-                f"codes to decode reach from {codes.min()} to {codes.max()}, outside 0..65535;"
-                " subtract the token base."
-            )
+        codes = check_codes(codes)
         with torch.inference_mode(), _exact_float32():
             wave = self._wave(
                 torch.from_numpy(codes.astype(np.int64))[None, None].to(self.model.device)
@@ -195,7 +218,7 @@ def _exact_float32():
     )
 
 
-def _fingerprint(tensors) -> str:
+def fingerprint_of(tensors) -> str:
     """Names and shapes of everything, bytes of what decides a code's meaning. A finetuned decoder
     keeps the fingerprint.
     """

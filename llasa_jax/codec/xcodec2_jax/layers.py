@@ -1,0 +1,159 @@
+"""Layers that XCodec2's encoder and decoder share, as functions of arrays and parameters.
+
+One alphabet names every dimension:
+B clips, S samples, T frames (or steps at another rate), C channels in, O channels out, W taps of a
+kernel, L layers, D model width, N heads, H head width, F MLP width, R relative distances,
+M mel bands, G groups of a norm, Z digits of a code.
+
+Parameters are nested dicts with transformers' names, and weights keep PyTorch's order, [O, C] and
+[O, C, W]. Clips are padded on the right to a common length; a `Span` says which steps are a clip's
+own. Where PyTorch sees the end of a clip, these functions see it too, so that a clip's result
+depends neither on its neighbours nor on the padding.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+QUERY_BLOCK = (
+    128  # queries that attend at a time: memory grows with the length, not with its square
+)
+
+
+class Span(NamedTuple):
+    """The steps of each clip that are its own: first <= step < stop. Both int32 [B]."""
+
+    first_B: jax.Array
+    stop_B: jax.Array
+
+    def mask(self, length: int) -> jax.Array:
+        """bool [B, length]."""
+        step = jnp.arange(length)
+        return (step >= self.first_B[:, None]) & (step < self.stop_B[:, None])
+
+    def at_rate(self, steps: int) -> "Span":
+        """The same span where each of its steps has become `steps`."""
+        return Span(self.first_B * steps, self.stop_B * steps)
+
+
+def zero_outside(x_BTC: jax.Array, span: Span) -> jax.Array:
+    """Zeros outside the span: what a PyTorch convolution pads with."""
+    return jnp.where(span.mask(x_BTC.shape[1])[..., None], x_BTC, jnp.zeros((), x_BTC.dtype))
+
+
+def linear(x: jax.Array, p: dict) -> jax.Array:
+    """[..., C] to [..., O]. Also a convolution with one tap, whose weight is [O, C, 1]."""
+    weight_OC = p["weight"].reshape(p["weight"].shape[:2])
+    y = jnp.einsum("...C,OC->...O", x, weight_OC)
+    return y + p["bias"] if "bias" in p else y
+
+
+def conv(
+    x_BTC: jax.Array, p: dict, stride: int = 1, dilation: int = 1, padding: int = 0
+) -> jax.Array:
+    """PyTorch's Conv1d, with time before channels: [B, T, C] to [B, T', O]."""
+    y = lax.conv_general_dilated(
+        x_BTC,
+        p["weight"],
+        (stride,),
+        [(padding, padding)],
+        rhs_dilation=(dilation,),
+        dimension_numbers=("NWC", "OIW", "NWC"),
+    )
+    return y + p["bias"] if "bias" in p else y
+
+
+def silu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(x)
+
+
+def layer_norm(x: jax.Array, p: dict, eps: float) -> jax.Array:
+    """Over the last dimension, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return (y * p["weight"] + p["bias"]).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, p: dict, eps: float) -> jax.Array:
+    """Over the last dimension, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return p["weight"] * y.astype(x.dtype)
+
+
+def group_norm(
+    x_BTC: jax.Array, p: dict, span: Span, groups: int = 32, eps: float = 1e-6
+) -> jax.Array:
+    """Over a group's channels and the span's steps, computed in float32."""
+    B, T, C = x_BTC.shape
+    y = x_BTC.astype(jnp.float32).reshape(B, T, groups, C // groups)
+    own = span.mask(T)[:, :, None, None]
+    count = own.sum(1, keepdims=True) * (C // groups)
+    y = y - jnp.where(own, y, 0).sum((1, 3), keepdims=True) / count
+    variance = jnp.where(own, jnp.square(y), 0).sum((1, 3), keepdims=True) / count
+    y = (y * lax.rsqrt(variance + eps)).reshape(B, T, C)
+    return (y * p["weight"] + p["bias"]).astype(x_BTC.dtype)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    span: Span,
+    distances_RH: jax.Array | None = None,
+    left: int = 0,
+) -> jax.Array:
+    """Softmax attention of all steps to the span's steps, [B, T, N, H]; softmax in float32.
+
+    `distances_RH` are Wav2Vec2-BERT's relative keys: entry `left + d` is added to the keys that lie
+    d steps after the query, d cut to -left .. R - 1 - left. Queries attend in blocks of
+    `QUERY_BLOCK`, so memory is linear in T.
+    """
+    B, T, N, H = q_BTNH.shape
+    own_BT, scale = span.mask(T), H**-0.5
+    size = min(T, QUERY_BLOCK)
+    blocks = -(-T // size)
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))
+
+    @jax.checkpoint
+    def block(start):
+        q_BQNH = lax.dynamic_slice_in_dim(q_BTNH, start, size, axis=1)
+        logits_BNQT = jnp.einsum("BQNH,BTNH->BNQT", q_BQNH, k_BTNH).astype(jnp.float32)
+        if distances_RH is not None:
+            logits_BNQT += _relative_logits(q_BQNH, distances_RH, left, start, T).astype(
+                jnp.float32
+            )
+        logits_BNQT = jnp.where(
+            own_BT[:, None, None], logits_BNQT * scale, jnp.finfo(jnp.float32).min
+        )
+        return jnp.einsum(
+            "BNQT,BTNH->BQNH", jax.nn.softmax(logits_BNQT).astype(v_BTNH.dtype), v_BTNH
+        )
+
+    if blocks == 1:
+        return block(0)
+    outputs = lax.map(block, jnp.arange(blocks) * size)
+    return jnp.moveaxis(outputs, 0, 1).reshape(B, blocks * size, N, H)[:, :T]
+
+
+def _relative_logits(
+    q_BQNH: jax.Array, distances_RH: jax.Array, left: int, start, keys: int
+) -> jax.Array:
+    """Products of queries start .. start + Q - 1 with relative keys, [B, N, Q, keys].
+
+    Products with the R distances are laid out by distance, the outer two repeated; row i of the
+    result is that layout moved left by i, which is a reshape to rows shorter by one.
+    """
+    B, Q, N, _ = q_BQNH.shape
+    R = distances_RH.shape[0]
+    near_BNQR = jnp.einsum("BQNH,RH->BNQR", q_BQNH, distances_RH)
+    width = keys + Q + R
+    # Column c holds distance c - (Q - 1 + left) - start: distance -left is at start + Q - 1.
+    before = jnp.arange(width) < start + Q - 1
+    wide = jnp.where(before, near_BNQR[..., :1], near_BNQR[..., -1:])
+    wide = lax.dynamic_update_slice_in_dim(wide, near_BNQR, start + Q - 1, axis=3)
+    shorter = wide.reshape(B, N, Q * width)[..., : Q * (width - 1)].reshape(B, N, Q, width - 1)
+    return shorter[..., Q - 1 + left : Q - 1 + left + keys]
