@@ -76,7 +76,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=DEVICE,
         default="cpu",
-        help="PyTorch's name of the device that runs the codec",
+        help="what runs the codec: a device as PyTorch names it, or jax",
     )
 
 

@@ -6,13 +6,20 @@ from pathlib import Path
 from llasa_jax.codec.interface import DEFAULT_CODEC, HOP, Codec
 from llasa_jax.codec.original import load_original
 from llasa_jax.codec.xcodec2 import MAX_BATCH_SAMPLES, Xcodec2Codec, load_xcodec2
+from llasa_jax.codec.xcodec2_jax import devices_named, load_jax
 from llasa_jax.errors import UserError, first_line
 
 __all__ = ["DEFAULT_CODEC", "HOP", "MAX_BATCH_SAMPLES", "Codec", "Xcodec2Codec", "load_codec"]
 
 
-def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> Codec:
-    """Loads an XCodec2 checkpoint from a folder or the Hugging Face hub, onto a PyTorch device.
+def load_codec(
+    name: str | Path = DEFAULT_CODEC, device: str = "cpu", precision: str = "float32"
+) -> Codec:
+    """Loads an XCodec2 checkpoint from a folder or the Hugging Face hub, onto a device.
+
+    `device` also chooses the implementation: PyTorch's for a device as PyTorch names it, JAX's for
+    "jax" (all devices that JAX has in this process) or "jax:2,3" (some of them). Both give the same
+    codes. `precision` is that of JAX's products, "float32", "bfloat16_3x" or "bfloat16".
 
     Its config.json tells the format: transformers', or that of the original package
     (`HKUSTAudio/xcodec2`; see `codec/original.py`). Strict: every tensor of the checkpoint is used
@@ -21,7 +28,6 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> Codec:
     noise.) Raises `UserError` for what is not such a checkpoint, for a device that is not there,
     and for a hub that cannot be reached.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import PreTrainedConfig
 
@@ -36,19 +42,16 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> Codec:
         raise UserError(
             f"{name}: no codec, it has no config.json; give a folder with an XCodec2 checkpoint."
         )
-    try:
-        torch_device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {device!r} is not available to this PyTorch ({first_line(error)}); use cpu or"
-            " cuda."
-        ) from error
+    in_jax = device.partition(":")[0] == "jax"
+    place = devices_named(device) if in_jax else _torch_device(device)
 
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(name)
+        if in_jax:
+            return load_jax(name, config_dict, place, precision)
         # Of the two formats only the original's has this key, whatever its model_type.
         load = load_original if "codec_encoder_hidden_size" in config_dict else load_xcodec2
-        return load(name, config_dict, torch_device)
+        return load(name, config_dict, place)
     except (OSError, ValueError, SafetensorError) as error:
         hint = (
             "give a complete checkpoint in safetensors"
@@ -57,4 +60,16 @@ def load_codec(name: str | Path = DEFAULT_CODEC, device: str = "cpu") -> Codec:
         )
         raise UserError(
             f"{name}: the codec cannot be loaded ({first_line(error)}); {hint}."
+        ) from error
+
+
+def _torch_device(name: str):
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {name!r} is not available to this PyTorch ({first_line(error)}); use cpu or"
+            " cuda."
         ) from error

@@ -235,13 +235,12 @@ class Encoder:
         try:
             codes = self.codec.encode(waves)
         except (RuntimeError, MemoryError) as error:
-            # PyTorch's words on a GPU, and on a CPU
-            if isinstance(error, RuntimeError) and not any(
-                words in str(error) for words in ("out of memory", "can't allocate memory")
-            ):
+            # PyTorch's words on a GPU, and on a CPU; JAX's
+            words = ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED")
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
                 raise
             longest = max(zip(waves, keys, strict=True), key=lambda one: len(one[0]))
-            share = self.settings.gpu_memory
+            share = self.settings.gpu_memory * self.settings.device.startswith("cuda")
             raise UserError(
                 f"the codec ran out of memory on {self.settings.device}, {self.doing}, of which"
                 f" {self._name(longest[1])} is the longest ({len(longest[0]) / SAMPLE_RATE:.0f} s);"

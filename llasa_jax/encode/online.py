@@ -105,7 +105,7 @@ class OnlineBatches(grain.DatasetIterator):
             [] if self._settings.cache else ["data.online.cache, so that no clip is encoded twice"]
         )
         if self._settings.device == "cpu":
-            ideas += ["data.online.device=cuda, or more data.online.torch_threads"]
+            ideas += ["data.online.device=cuda or jax, or more data.online.torch_threads"]
         ideas += [
             "more data.online.workers, if reading is slow",
             "or `llasa-jax encode` first, and training offline",

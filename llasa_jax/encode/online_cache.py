@@ -244,7 +244,7 @@ def open_encoder(
     clips = [one for one in (*records, *validation) if isinstance(one, PlannedClips)]
     if not clips:
         return None
-    codec = codec or load_codec(online.codec, online.device)
+    codec = codec or load_codec(online.codec, online.device, online.precision)
     divide_machine(online)
     caches: dict[int, CodesCache | None] = {one.number: None for one in clips}
     if online.cache:

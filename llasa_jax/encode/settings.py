@@ -8,7 +8,7 @@ from typing import Literal
 
 from llasa_jax.data.settings import SourceSettings, check_splits
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.settings import DEVICE_WORDS, MAX_SEED, TORCH_DEVICE, group, setting
+from llasa_jax.runtime.settings import CODEC_DEVICE, DEVICE_WORDS, MAX_SEED, group, setting
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,11 @@ class OnlineSettings:
 
     codec: str = setting("HKUSTAudio/xcodec2-hf", path=True, resume=True)
     """Codec that makes the codes: an XCodec2 checkpoint's hub id or folder."""
-    device: str = setting("cpu", pattern=TORCH_DEVICE, words=DEVICE_WORDS, resume=True)
-    """Device on which the codec runs, as PyTorch names it."""
+    device: str = setting("cpu", pattern=CODEC_DEVICE, words=DEVICE_WORDS, resume=True)
+    """Device on which the codec runs, as PyTorch names it; or jax, the codec in JAX on all of this
+    process's devices, or jax:2,3 on some."""
+    precision: Literal["float32", "bfloat16_3x", "bfloat16"] = setting("float32", resume=True)
+    """How the codec in JAX multiplies on TPUs. Less than float32 is faster and changes codes."""
     columns: str = setting("")
     """Columns of a Hugging Face or TFDS dataset or a JSONL manifest: audio=COLUMN,text=COLUMN and
     any of id, speaker, language, description; or id,text,speaker of a manifest with |. Empty, the

@@ -48,7 +48,8 @@ def preview(
     tokenizer = load_tokenizer(Path(settings.model.path))
     codec = None
     if any(isinstance(data, PlannedClips) for data in records):
-        codec = load_codec(settings.data.online.codec, settings.data.online.device)
+        online = settings.data.online
+        codec = load_codec(online.codec, online.device, online.precision)
     sources = sources_of(settings.sources, tokenizer, records)
     order = drawn(sources, settings.train.seed)
     to_example = ToExample(sources, settings.data.max_length, settings.data.too_long)

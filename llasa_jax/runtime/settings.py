@@ -17,9 +17,12 @@ from llasa_jax.errors import UserError
 
 # Longest path and longest name in one that Linux takes, in bytes.
 LONGEST_PATH, LONGEST_NAME = 4095, 255
-# PyTorch's devices on which a codec can run.
-TORCH_DEVICE = r"(cpu|cuda|mps|xpu|hpu)(:\d{1,3})?"
-DEVICE_WORDS = "a device as PyTorch names it, such as cpu, cuda or cuda:1"
+# Devices on which a codec can run: one of PyTorch's, or JAX's.
+CODEC_DEVICE = r"(cpu|cuda|mps|xpu|hpu)(:\d{1,3})?|jax(:\d{1,3}(,\d{1,3})*)?"
+DEVICE_WORDS = (
+    "a device as PyTorch names it, such as cpu, cuda or cuda:1, or jax for all of JAX's devices, or"
+    " some of them, such as jax:2,3"
+)
 # What is drawn from 31 bits can seed every generator in use: NumPy's, Grain's, PyTorch's and JAX's.
 MAX_SEED = 2**31 - 1
 
@@ -189,5 +192,5 @@ def text(name: str, pattern: str = r"[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*") -> C
     return parse
 
 
-DEVICE = text(DEVICE_WORDS, TORCH_DEVICE)
+DEVICE = text(DEVICE_WORDS, CODEC_DEVICE)
 """An argparse `type` for --device."""

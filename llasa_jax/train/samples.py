@@ -19,8 +19,8 @@ from llasa_jax.train.settings import LogSettings
 
 
 class Samples:
-    """Speaks `log.samples` with `log.codec`, which runs on the CPU. UserError, before any training,
-    where that cannot work.
+    """Speaks `log.samples` with `log.codec`. UserError, before any training, where that cannot
+    work.
     """
 
     def __init__(self, run: Path, settings: LogSettings, prompter: Prompter):
@@ -34,7 +34,7 @@ class Samples:
             prompter.opening(text, speaker=settings.samples_speaker) for text in settings.samples
         ]
         self._vocab = prompter.vocab
-        self._codec = load_codec(settings.codec)
+        self._codec = load_codec(settings.codec, settings.codec_device)
 
     def speak(self, graphdef: nnx.GraphDef, params: dict) -> dict[int, np.ndarray]:
         """The numbers of the texts that the model has speech for, and their waves, float32

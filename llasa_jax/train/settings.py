@@ -16,7 +16,16 @@ from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
 from llasa_jax.model.settings import Dtype, LoraSettings, MeshSettings, ModelSettings
 from llasa_jax.runtime.files import read_yaml
-from llasa_jax.runtime.settings import MAX_SEED, check, group, groups_of, notes, setting
+from llasa_jax.runtime.settings import (
+    CODEC_DEVICE,
+    DEVICE_WORDS,
+    MAX_SEED,
+    check,
+    group,
+    groups_of,
+    notes,
+    setting,
+)
 from llasa_jax.speech.settings import PromptSettings
 
 # Tokens of one step: arrays of them are indexed with 32 bits.
@@ -122,6 +131,8 @@ class LogSettings:
     """Speaker of the samples, one of the training data; empty, none is named."""
     codec: str = setting("", path=True, resume=True)
     """Codec that turns the samples' codes into sound: a hub id or a folder."""
+    codec_device: str = setting("cpu", pattern=CODEC_DEVICE, words=DEVICE_WORDS, resume=True)
+    """Device of the samples' codec, as data.online.device."""
 
     def check(self, name: str) -> None:
         if self.samples and not self.codec:

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.codec.interface import HOP
 from llasa_jax.codec.xcodec2 import check_codes, check_waves
-from llasa_jax.codec.xcodec2_jax import decoder, encoder
+from llasa_jax.codec.xcodec2_jax.decoder import decode
+from llasa_jax.codec.xcodec2_jax.encoder import encode
 from llasa_jax.codec.xcodec2_jax.streaming import stream
 from llasa_jax.codec.xcodec2_jax.weights import Weights
 from llasa_jax.errors import UserError
@@ -99,11 +100,11 @@ class JaxCodec:
 
     @cached_property
     def _encode(self) -> Callable:
-        return self._compiled(lambda *batch: encoder.encode(*batch, self._weights.config)[0])
+        return self._compiled(lambda *batch: encode(*batch, self._weights.config)[0])
 
     @cached_property
     def _decode(self) -> Callable:
-        return self._compiled(lambda *batch: decoder.decode(*batch, self._weights.config))
+        return self._compiled(lambda *batch: decode(*batch, self._weights.config))
 
     def _compiled(self, function: Callable) -> Callable:
         """`function` of parameters and a batch; each device has its own clips."""

@@ -1,0 +1,56 @@
+"""The codec in JAX, chosen by the name of its device, wherever a codec is used."""
+
+import jax
+import numpy as np
+import pytest
+from places import SPEECH
+
+from llasa_jax.codec import Xcodec2Codec, load_codec
+from llasa_jax.codec.xcodec2_jax import JaxCodec
+from llasa_jax.data.records import open_utterances
+from llasa_jax.demo.tiny import make_tiny_codec
+from llasa_jax.encode.offline import encode
+from llasa_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_codec(tmp_path_factory.mktemp("codec") / "tiny")
+
+
+def test_the_device_chooses_the_implementation(folder):
+    assert isinstance(load_codec(folder, "cpu"), Xcodec2Codec)
+    for device, devices in (
+        ("jax", jax.devices()),
+        ("jax:3", jax.devices()[3:4]),
+        ("jax:6,1,6", [jax.devices()[6], jax.devices()[1]]),
+    ):
+        codec = load_codec(folder, device)
+        assert isinstance(codec, JaxCodec)
+        assert codec.name == str(folder)
+        assert list(codec._mesh.devices) == devices
+    assert load_codec(folder, "jax", "bfloat16").precision == "bfloat16"
+    with pytest.raises(UserError, match="'jax:8' is not available: JAX has devices 0 to 7"):
+        load_codec(folder, "jax:8")
+
+
+def test_a_broken_checkpoint_is_refused_in_a_sentence(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UserError, match="the codec cannot be loaded"):
+        load_codec(tmp_path, "jax")
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match="the codec cannot be loaded"):
+        load_codec(tmp_path, "jax")
+
+
+def test_a_dataset_is_the_same_from_either(folder, tmp_path):
+    lines = [f"{path}|text {path.stem}" for path in sorted(SPEECH.glob("*_01.flac"))]
+    (tmp_path / "manifest.txt").write_text("".join(f"{line}\n" for line in lines))
+    records = {}
+    for device in ("cpu", "jax:0"):
+        encode(tmp_path / "manifest.txt", tmp_path / device, folder, device)
+        records[device] = open_utterances(tmp_path / device, "train")
+    assert len(records["cpu"]) == len(records["jax:0"]) == len(lines)
+    for theirs, ours in zip(records["cpu"], records["jax:0"], strict=True):
+        assert theirs.id == ours.id
+        np.testing.assert_array_equal(theirs.codes, ours.codes)
