@@ -155,5 +155,6 @@ def _relative_logits(
     before = jnp.arange(width) < start + Q - 1
     wide = jnp.where(before, near_BNQR[..., :1], near_BNQR[..., -1:])
     wide = lax.dynamic_update_slice_in_dim(wide, near_BNQR, start + Q - 1, axis=3)
+    wide = lax.optimization_barrier(wide)
     shorter = wide.reshape(B, N, Q * width)[..., : Q * (width - 1)].reshape(B, N, Q, width - 1)
     return shorter[..., Q - 1 + left : Q - 1 + left + keys]
