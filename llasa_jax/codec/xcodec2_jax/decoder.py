@@ -39,6 +39,7 @@ def decode(params: dict, codes_BT: jax.Array, frames_B: jax.Array, config) -> ja
 
 def decode_values(params: dict, values_BTZ: jax.Array, frames_B: jax.Array, config) -> jax.Array:
     """As `decode`, from the quantizer's values, through which gradients flow."""
+    frames_B = jnp.asarray(frames_B)
     span = Span(jnp.zeros_like(frames_B), frames_B)
     p = params["acoustic_decoder"]
     x_BTD = linear(
