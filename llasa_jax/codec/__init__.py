@@ -6,14 +6,14 @@ from pathlib import Path
 from llasa_jax.codec.interface import DEFAULT_CODEC, HOP, Codec
 from llasa_jax.codec.original import load_original
 from llasa_jax.codec.xcodec2 import MAX_BATCH_SAMPLES, Xcodec2Codec, load_xcodec2
-from llasa_jax.codec.xcodec2_jax import devices_named, load_jax
+from llasa_jax.codec.xcodec2_jax import Precision, devices_named, load_jax
 from llasa_jax.errors import UserError, first_line
 
 __all__ = ["DEFAULT_CODEC", "HOP", "MAX_BATCH_SAMPLES", "Codec", "Xcodec2Codec", "load_codec"]
 
 
 def load_codec(
-    name: str | Path = DEFAULT_CODEC, device: str = "cpu", precision: str = "float32"
+    name: str | Path = DEFAULT_CODEC, device: str = "cpu", precision: Precision = "float32"
 ) -> Codec:
     """Loads an XCodec2 checkpoint from a folder or the Hugging Face hub, onto a device.
 

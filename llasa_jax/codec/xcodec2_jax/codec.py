@@ -100,17 +100,28 @@ class JaxCodec:
 
     @cached_property
     def _encode(self) -> Callable:
-        return self._compiled(lambda *batch: encode(*batch, self._weights.config)[0])
+        return self._compiled(
+            lambda params, waves, frames: encode(params, waves, frames, self._weights.config)[0]
+        )
 
     @cached_property
     def _decode(self) -> Callable:
-        return self._compiled(lambda *batch: decode(*batch, self._weights.config))
+        return self._compiled(
+            lambda params, codes, frames: decode(params, codes, frames, self._weights.config)
+        )
 
     def _compiled(self, function: Callable) -> Callable:
         """`function` of parameters and a batch; each device has its own clips."""
         clips = PartitionSpec("clips")
-        specs = {"in_specs": (PartitionSpec(), clips, clips), "out_specs": clips}
-        sharded = jax.jit(jax.shard_map(function, mesh=self._mesh, check_vma=False, **specs))
+        sharded = jax.jit(
+            jax.shard_map(
+                function,
+                mesh=self._mesh,
+                in_specs=(PartitionSpec(), clips, clips),
+                out_specs=clips,
+                check_vma=False,
+            )
+        )
 
         def run(*arguments):
             with jax.default_matmul_precision(self.precision):
@@ -128,7 +139,7 @@ class JaxCodec:
         of_length = defaultdict(list)
         for index, clip in enumerate(clips):
             of_length[padded_frames(len(clip) // steps_in)].append(index)
-        results = [None] * len(clips)
+        results: dict[int, np.ndarray] = {}
         sharding = NamedSharding(self._mesh, PartitionSpec("clips"))
         for length, indices in of_length.items():
             start = 0
@@ -144,7 +155,7 @@ class JaxCodec:
                 output = np.asarray(run(*jax.device_put((array, frames), sharding)))
                 for row, index in enumerate(batch):
                     results[index] = output[row, : frames[row] * steps_out]
-        return results
+        return [results[index] for index in range(len(clips))]
 
     def _rows(self, clips: int, length: int) -> int:
         """How many of so many waiting clips go together: few numbers, as each is compiled."""

@@ -3,7 +3,7 @@
 Reference: transformers' `Xcodec2Model.decode`. The letters are those of `layers.py`.
 """
 
-from functools import cache
+from functools import cache, reduce
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +99,12 @@ def _wave(spectrum_BTF: jax.Array, span: Span) -> jax.Array:
 
     def overlap_add(x_BTS):
         quarters = x_BTS.reshape(B, T, _OVERLAP, HOP)
-        whole = sum(
-            jnp.pad(quarters[:, :, i], ((0, 0), (i, _OVERLAP - 1 - i), (0, 0)))
-            for i in range(_OVERLAP)
+        whole = reduce(
+            jnp.add,
+            (
+                jnp.pad(quarters[:, :, i], ((0, 0), (i, _OVERLAP - 1 - i), (0, 0)))
+                for i in range(_OVERLAP)
+            ),
         ).reshape(B, -1)
         start = (_OVERLAP - 1) * HOP // 2
         return whole[:, start : start + T * HOP]

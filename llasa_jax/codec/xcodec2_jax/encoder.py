@@ -4,7 +4,7 @@ Reference: transformers' `Xcodec2Model.encode`. The letters are those of `layers
 """
 
 import math
-from functools import cache, partial
+from functools import cache, partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -203,8 +203,10 @@ def _activation(x_BTC: jax.Array, p: dict, span: Span) -> jax.Array:
     x_BTC = _hold(x_BTC, span, _pick(x_BTC, span.first_B), _pick(x_BTC, span.stop_B - 1))
     # XLA would compute what is padded anew for each of the slices that are summed.
     x_BTC = lax.optimization_barrier(jnp.pad(x_BTC, ((0, 0), (3, 3), (0, 0)), mode="edge"))
-    even = sum(2 * taps[2 * d + 5] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-2, 4))
-    odd = sum(2 * taps[2 * d + 6] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-3, 3))
+    even = reduce(
+        jnp.add, (2 * taps[2 * d + 5] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-2, 4))
+    )
+    odd = reduce(jnp.add, (2 * taps[2 * d + 6] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-3, 3)))
     even, odd = _snake_beta(even, p), _snake_beta(odd, p)
     first, last = _pick(even, span.first_B), _pick(odd, span.stop_B - 1)
     even, odd = _hold(even, span, first, last), _hold(odd, span, first, last)

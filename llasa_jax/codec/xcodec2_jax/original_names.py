@@ -1,6 +1,7 @@
 """The original `xcodec2` package's checkpoints (HKUSTAudio/xcodec2) under transformers' names."""
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ def original_config(tensors):
         num_hidden_layers=layers("generator.backbone.transformers"),
         encoder_hidden_size=tensors.shape("CodecEnc.conv_blocks.0.bias")[0],
     )
-    semantic = config.semantic_model_config
+    semantic: Any = config.semantic_model_config
     semantic.num_hidden_layers = layers("semantic_model.encoder.layers")
     semantic.intermediate_size = tensors.shape(
         "semantic_model.encoder.layers.0.ffn1.intermediate_dense.weight"

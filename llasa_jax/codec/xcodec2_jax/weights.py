@@ -4,9 +4,10 @@ and `decoder.py`: nested dicts with transformers' names, the layers of a stack u
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +46,11 @@ class Tensors(Mapping):
         from safetensors import safe_open
 
         handles = [safe_open(file, framework="pt") for file in files]
-        self._places = {rename(key): (handle, key) for handle in handles for key in handle.keys()}  # noqa: SIM118
-        self._places.pop(None, None)
+        self._places: dict[str, tuple[Any, str]] = {}
+        for handle in handles:
+            for key in handle.keys():  # noqa: SIM118 a safe_open is no mapping
+                if (name := rename(key)) is not None:
+                    self._places[name] = handle, key
 
     def __getitem__(self, name: str):
         handle, key = self._places[name]
@@ -78,7 +82,8 @@ class Weights:
 
     def part(self, part: str, dtype=np.float32) -> dict:
         """The parameters of "encoder" or "decoder", arrays in the host's memory."""
-        tree, depths = {}, {}
+        tree: dict = {}
+        depths: dict[str, int] = {}
         names = [name for name in self.names if name.startswith(PARTS[part]) and name != _UNUSED]
         for name in names:
             if stacked := _STACK.fullmatch(name):
@@ -128,13 +133,15 @@ def checkpoint_files(name: str) -> list[Path]:
     """
     from transformers.utils import cached_file
 
-    index = cached_file(
-        name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
-    )
-    if index is None:
-        return [Path(cached_file(name, "model.safetensors"))]
-    files = set(json.loads(Path(index).read_text())["weight_map"].values())
-    return [Path(cached_file(name, file)) for file in sorted(files)]
+    def found(file: str, **options) -> str | None:
+        return cached_file(name, file, **options)
+
+    index = found("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    files = {"model.safetensors"}
+    if index is not None:
+        files = set(json.loads(Path(index).read_text())["weight_map"].values())
+    # A missing file raises.
+    return [Path(str(found(file))) for file in sorted(files)]
 
 
 def model_shapes(config) -> dict[str, tuple[int, ...]]:
@@ -164,7 +171,7 @@ def _check(name: str, config, shapes: dict, unknown, fix: str) -> None:
             f"{name}: the jax codec does not compute this model's {settings}; use the torch one."
         )
     expected = model_shapes(config)
-    faults = {
+    faults: dict[str, Iterable[str]] = {
         "lacks": expected.keys() - shapes.keys(),
         "has the unknown": (shapes.keys() - expected.keys()) | set(unknown),
         "has the wrong shape for": [
