@@ -169,7 +169,7 @@ def test_precision(folder, codec, torch_codec, speech):
     codes = low.encode(speech[:8])
     assert [len(row) for row in codes] == [len(row) for row in expected]
     changed = np.mean(np.concatenate(codes) != np.concatenate(expected))
-    assert 0 < changed < 0.5
+    assert 0 < changed < 0.8  # of unrelated codes all differ
     wave = codec.decode(expected[0])
     np.testing.assert_allclose(low.decode(expected[0]), wave, atol=0.1 * np.abs(wave).max())
 

@@ -1,5 +1,7 @@
 """The codec in JAX, chosen by the name of its device, wherever a codec is used."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -44,11 +46,12 @@ def test_a_broken_checkpoint_is_refused_in_a_sentence(folder, tmp_path):
 
 
 def test_a_dataset_is_the_same_from_either(folder, tmp_path):
-    lines = [f"{path}|text {path.stem}" for path in sorted(SPEECH.glob("*_01.flac"))]
-    (tmp_path / "manifest.txt").write_text("".join(f"{line}\n" for line in lines))
+    clips = [{"audio": str(path), "text": path.stem} for path in sorted(SPEECH.glob("*_01.flac"))]
+    lines = [json.dumps(clip) for clip in clips]
+    (tmp_path / "manifest.jsonl").write_text("".join(f"{line}\n" for line in lines))
     records = {}
     for device in ("cpu", "jax:0"):
-        encode(tmp_path / "manifest.txt", tmp_path / device, folder, device)
+        encode(tmp_path / "manifest.jsonl", tmp_path / device, folder, device)
         records[device] = open_utterances(tmp_path / device, "train")
     assert len(records["cpu"]) == len(records["jax:0"]) == len(lines)
     for theirs, ours in zip(records["cpu"], records["jax:0"], strict=True):

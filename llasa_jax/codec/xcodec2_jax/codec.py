@@ -24,6 +24,7 @@ from llasa_jax.speech.audio import SAMPLE_RATE
 
 # How a TPU multiplies float32 numbers: in six passes over bfloat16 parts, in three, or in bfloat16.
 Precision = Literal["float32", "bfloat16_3x", "bfloat16"]
+JAX_PRECISION = {"float32": "float32", "bfloat16_3x": "high", "bfloat16": "bfloat16"}
 BATCH_FRAMES = 16 * 512  # of a device at a time: 16 clips of 10 s
 _SHORTEST = 64
 
@@ -124,7 +125,7 @@ class JaxCodec:
         )
 
         def run(*arguments):
-            with jax.default_matmul_precision(self.precision):
+            with jax.default_matmul_precision(JAX_PRECISION[self.precision]):
                 return sharded(*arguments)
 
         return run
