@@ -102,7 +102,7 @@ def _convolution(x_BTD: jax.Array, p: dict, eps: float) -> jax.Array:
     y = y[..., :D] * jax.nn.sigmoid(y[..., D:])
     taps_DW = p["depthwise_conv"]["weight"][:, 0]
     W = taps_DW.shape[1]
-    # XLA would compute what is padded anew for each of the slices that are summed.
+    # XLA would pad again for each of the slices that are summed.
     y = lax.optimization_barrier(jnp.pad(y, ((0, 0), (W - 1, 0), (0, 0))))
     y = sum(y[:, i : i + T] * taps_DW[:, i] for i in range(W))
     return linear(silu(layer_norm(y, p["depthwise_layer_norm"], eps)), p["pointwise_conv2"])
@@ -201,7 +201,7 @@ def _activation(x_BTC: jax.Array, p: dict, span: Span) -> jax.Array:
     taps = kaiser_taps()
     x_BTC = x_BTC.astype(jnp.float32)
     x_BTC = _hold(x_BTC, span, _pick(x_BTC, span.first_B), _pick(x_BTC, span.stop_B - 1))
-    # XLA would compute what is padded anew for each of the slices that are summed.
+    # XLA would pad again for each of the slices that are summed.
     x_BTC = lax.optimization_barrier(jnp.pad(x_BTC, ((0, 0), (3, 3), (0, 0)), mode="edge"))
     even = reduce(
         jnp.add, (2 * taps[2 * d + 5] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-2, 4))

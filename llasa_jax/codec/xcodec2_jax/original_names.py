@@ -9,6 +9,7 @@ from llasa_jax.codec.original import SEMANTIC_LAYERS
 
 # transformers' modules and the package's. {i} is a layer's or block's number, {next} the one after.
 # ruff: noqa: E501
+_BLOCK = "generator.backbone.transformers.{i}"
 MODULES = {
     "semantic_encoder": "semantic_model",
     "semantic_adapter.conv1": "SemanticEncoder_module.initial_conv",
@@ -37,13 +38,13 @@ MODULES = {
     "acoustic_decoder.fc": "fc_post_a",
     "acoustic_decoder.embed": "generator.backbone.embed",
     "acoustic_decoder.prior_net": "generator.backbone.prior_net",
-    "acoustic_decoder.layers.{i}.input_layernorm": "generator.backbone.transformers.{i}.att_norm",
-    "acoustic_decoder.layers.{i}.self_attn.q_proj": "generator.backbone.transformers.{i}.att.c_attn",
-    "acoustic_decoder.layers.{i}.self_attn.k_proj": "generator.backbone.transformers.{i}.att.c_attn",
-    "acoustic_decoder.layers.{i}.self_attn.v_proj": "generator.backbone.transformers.{i}.att.c_attn",
-    "acoustic_decoder.layers.{i}.self_attn.o_proj": "generator.backbone.transformers.{i}.att.c_proj",
-    "acoustic_decoder.layers.{i}.post_attention_layernorm": "generator.backbone.transformers.{i}.ffn_norm",
-    "acoustic_decoder.layers.{i}.mlp": "generator.backbone.transformers.{i}.mlp",
+    "acoustic_decoder.layers.{i}.input_layernorm": _BLOCK + ".att_norm",
+    "acoustic_decoder.layers.{i}.self_attn.q_proj": _BLOCK + ".att.c_attn",
+    "acoustic_decoder.layers.{i}.self_attn.k_proj": _BLOCK + ".att.c_attn",
+    "acoustic_decoder.layers.{i}.self_attn.v_proj": _BLOCK + ".att.c_attn",
+    "acoustic_decoder.layers.{i}.self_attn.o_proj": _BLOCK + ".att.c_proj",
+    "acoustic_decoder.layers.{i}.post_attention_layernorm": _BLOCK + ".ffn_norm",
+    "acoustic_decoder.layers.{i}.mlp": _BLOCK + ".mlp",
     "acoustic_decoder.post_net": "generator.backbone.post_net",
     "acoustic_decoder.norm": "generator.backbone.final_layer_norm",
     "acoustic_decoder.head.linear": "generator.head.out",
