@@ -13,8 +13,8 @@ from llasa_jax.errors import UserError, listed
 from llasa_jax.speech.audio import SAMPLE_RATE
 from llasa_jax.speech.vocab import NUM_CODES
 
-# Tensors that decide a code's meaning: transformers' names, then the original's.
-_MEANING = ("quantizer.", "fc_encoder.", "generator.quantizer.", "fc_prior.")
+# The decoder's tensors: transformers' names, then the original's.
+_DECODER = ("acoustic_decoder.", "generator.backbone.", "generator.head.", "fc_post_a.")
 # Of equally long clips in one forward pass; a longer clip goes alone.
 MAX_BATCH_SAMPLES = 120 * SAMPLE_RATE
 
@@ -219,13 +219,13 @@ def _exact_float32():
 
 
 def fingerprint_of(tensors) -> str:
-    """Names and shapes of everything, bytes of what decides a code's meaning. A finetuned decoder
-    keeps the fingerprint.
+    """Names and shapes of everything, and all values but the decoder's: what decides which code a
+    sound gets. A finetuned decoder keeps the fingerprint, for its codes mean the same.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}\n".encode())
-        if name.startswith(_MEANING):
+        if not name.startswith(_DECODER):
             digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

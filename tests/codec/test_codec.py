@@ -185,6 +185,9 @@ def test_fingerprint_follows_the_meaning_of_codes(folder, codec, tmp_path):
         ("acoustic_decoder.fc.weight", True),
         ("quantizer.project_in.weight", False),
         ("fc_encoder.bias", False),
+        ("acoustic_encoder.block.0.conv1.weight", False),
+        ("semantic_encoder.encoder.layers.0.ffn1.output_dense.weight", False),
+        ("semantic_adapter.conv1.weight", False),
     ):
         changed = altered(
             folder, tmp_path / name, lambda tensors, name=name: tensors[name].mul_(1.01).add_(0.01)

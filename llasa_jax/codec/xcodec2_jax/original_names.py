@@ -8,7 +8,6 @@ import numpy as np
 from llasa_jax.codec.original import SEMANTIC_LAYERS
 
 # transformers' modules and the package's. {i} is a layer's or block's number, {next} the one after.
-# ruff: noqa: E501
 _BLOCK = "generator.backbone.transformers.{i}"
 MODULES = {
     "semantic_encoder": "semantic_model",
@@ -53,7 +52,7 @@ _NORM = ".parametrizations.weight.original"  # a convolution's weight is g v / |
 
 
 def canonical_name(name: str) -> str | None:
-    """A tensor's name in the package's own `state_dict`; None in layers that the codec does not use.
+    """A tensor's name in the package's own `state_dict`; None in layers that are not used.
 
     The hub's checkpoint has `beta` for the package's `bias`, and weight norm's older names.
     """
