@@ -41,6 +41,9 @@ class BadList:
     def add(self, record: dict) -> None:
         self._lines.write(as_json(record) + "\n")
 
+    def __del__(self):
+        self._lines.close()
+
     def publish(self) -> None:
         """Writes the file; without lines, removes one that an earlier run has left."""
         if not self._lines.tell():
