@@ -240,7 +240,8 @@ class Encoder:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
                 raise
             longest = max(zip(waves, keys, strict=True), key=lambda one: len(one[0]))
-            share = self.settings.gpu_memory * self.settings.device.startswith("cuda")
+            # JAX's codec takes from the pool that training has, whatever the share.
+            share = 0 if self.settings.device.startswith("jax") else self.settings.gpu_memory
             raise UserError(
                 f"the codec ran out of memory on {self.settings.device}, {self.doing}, of which"
                 f" {self._name(longest[1])} is the longest ({len(longest[0]) / SAMPLE_RATE:.0f} s);"

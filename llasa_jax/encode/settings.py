@@ -20,7 +20,7 @@ class OnlineSettings:
     device: str = setting("cpu", pattern=CODEC_DEVICE, words=DEVICE_WORDS, resume=True)
     """Device on which the codec runs, as PyTorch names it; or jax, the codec in JAX on all of this
     process's devices, or jax:2,3 on some."""
-    precision: Literal["float32", "bfloat16_3x", "bfloat16"] = setting("float32", resume=True)
+    precision: Literal["float32", "bfloat16_3x", "bfloat16"] = setting("float32")
     """How the codec in JAX multiplies on TPUs. Less than float32 is faster and changes codes."""
     columns: str = setting("")
     """Columns of a Hugging Face or TFDS dataset or a JSONL manifest: audio=COLUMN,text=COLUMN and

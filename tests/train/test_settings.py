@@ -147,7 +147,7 @@ def test_what_may_change_when_a_run_resumes():
         *(f"model.{name}" for name in ("attention", "remat", "loss_chunk")),
         *(f"train.{name}" for name in ("save_every", "keep", "keep_best", "validate_every")),
         *(f"data.online.{name}" for name in (*online.split(), "gpu_memory")),
-        *(f"log.{name}" for name in ("every", "tensorboard", "wandb", "codec")),
+        *(f"log.{name}" for name in ("every", "tensorboard", "wandb", "codec", "codec_device")),
         *(f"log.{name}" for name in ("samples", "samples_every", "samples_speaker")),
     }
 
