@@ -22,11 +22,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m llasa_jax.demo
 
-# What to run before a commit: under two minutes on two cores.
+# What to run before a commit: about five minutes on two cores.
 check: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Every test: about twelve minutes on two cores.
+# Every test: about twenty minutes on two cores.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
