@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/fixtures"))
+
 CLIP_FRAMES = 384
 
 
@@ -131,27 +133,18 @@ def make_model(folder: str) -> dict:
     """Saves a full-size model with seeded random weights, and returns its config as JSON has it."""
     import json
 
-    import torch
+    from small_codec import randomise
     from transformers import Xcodec2Config, Xcodec2Model
     from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
-    generator = torch.Generator().manual_seed(0)
     logging.disable_progress_bar()
     with no_init_weights():
         model = Xcodec2Model(Xcodec2Config())
     print(
         f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f}M parameters", flush=True
     )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                gain = 0.5 if name == "quantizer.project_in.weight" else 1.0
-                weight.normal_(0, gain * weight[0].numel() ** -0.5, generator=generator)
-            elif name.endswith(".weight"):
-                weight.normal_(1, 0.1, generator=generator)
-            else:
-                weight.normal_(0, 0.1, generator=generator)
+    randomise(model)
     model.save_pretrained(folder)
     return json.loads((Path(folder) / "config.json").read_text())
 

@@ -11,15 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from llasa_jax.convert.hf_config import model_config
-from llasa_jax.convert.hf_files import CONFIG, read_json
 from llasa_jax.convert.names import check_names, our_shapes
-from llasa_jax.convert.params_io import index_bounds, restore
+from llasa_jax.convert.params_io import index_bounds
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast
 from llasa_jax.model.config import ModelConfig
-from llasa_jax.model.sharding import abstract_params
 
 PIECE_BYTES = 64 << 20
 
@@ -80,15 +77,6 @@ class HfReader:
             part = _load(self.checkpoint, name, shape, layer_sharding, target.dtype)
             stack = _put(stack, part, layer)
         return stack
-
-
-def load_params_from_hf(folder: Path, mesh: Mesh, dtype) -> dict:
-    """Our parameter tree in `dtype`, sharded over `mesh`, from a Hugging Face checkpoint's folder.
-    Raises UserError as `import_hf` does.
-    """
-    folder = Path(folder)
-    config = model_config(read_json(folder / CONFIG), folder / CONFIG)
-    return restore(HfReader(folder, config), abstract_params(config, mesh, jnp.dtype(dtype)))
 
 
 @partial(jax.jit, donate_argnums=0)

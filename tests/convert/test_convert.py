@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.hf_files import locate
 from llasa_jax.convert.import_hf import import_hf
-from llasa_jax.convert.load_hf import load_params_from_hf
 from llasa_jax.convert.model_folder import (
     CHECKPOINTS,
     HF_FOLDER,
@@ -182,7 +181,7 @@ def test_straight_onto_a_mesh(make_text, tmp_path, axes, tied):
     config, _ = read_description(tmp_path / "model")
     for dtype in (jnp.float32, jnp.bfloat16):
         ours, expected = (
-            load_params_from_hf(hf, mesh, dtype),
+            load_params(hf, mesh, dtype),
             load_params(tmp_path / "model", mesh, dtype),
         )
         target = abstract_params(config, mesh, dtype)

@@ -18,7 +18,6 @@ from places import SPEECH
 from reference import hf_llama
 from tiny_run import make_clips, make_model, settings_for
 
-from llasa_jax.convert.load_hf import load_params_from_hf
 from llasa_jax.convert.model_folder import load_params, load_tokenizer, open_model, saved_steps
 from llasa_jax.convert.peft_adapter import open_adapter
 from llasa_jax.data.builder import open_dataset, read_metadata, split_sizes, write_dataset
@@ -258,7 +257,7 @@ def test_hugging_face_checkpoints(tmp_path, mesh):
     header = int.from_bytes(weights.read_bytes()[:8], "little") + 8
 
     def read():
-        return load_params_from_hf(folder, mesh, np.float32)
+        return load_params(folder, mesh, np.float32)
 
     def in_header(kind):
         def damage(data, rng):
