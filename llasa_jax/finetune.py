@@ -67,6 +67,7 @@ def join_hosts(settings: Settings, stop: StopSignal) -> None:
         # JAX takes its memory when it first looks for devices, so the codec's share is set before.
         share_gpu(settings.data.online)
     if not settings.mesh.hosts:
+        hosts.check_alone()
         return
     stop.before_end = hosts.end_by_signal
     facts = hosts.software() | {
@@ -81,11 +82,14 @@ def join_hosts(settings: Settings, stop: StopSignal) -> None:
 
 
 def compare_hosts(settings: Settings, records: Sequence[Sequence]) -> None:
-    """Makes sure that all hosts see the same model, the same data and the same kind of devices.
-    UserError on all of them, naming what differs.
+    """Makes sure that all hosts write to one folder, and see the same model, the same data and the
+    same kind of devices. UserError on all of them, naming what differs.
     """
     if not hosts.several():
         return
+    hosts.check_shared(Path(settings.out), "out")
+    if settings.data.online.cache:
+        hosts.check_shared(Path(settings.data.online.cache), "data.online.cache")
     facts: dict[str, object] = {
         "the devices of a host": hosts.devices(),
         "the model": folder_digest(open_model(settings.model.path).folder),

@@ -4,6 +4,7 @@ others; and how they end together when one of them fails.
 
 import hashlib
 import os
+import secrets
 import signal
 import sys
 import time
@@ -120,6 +121,48 @@ def agree(facts: dict[str, Any], fix: str) -> None:
     """
     if _channel:
         _channel.agree(facts, fix)
+
+
+def check_alone() -> None:
+    """UserError where `mesh.hosts` is not set on this host, but its environment says that it is one
+    of several: those that have set it hear of it too, and do not wait for this one.
+    """
+    try:
+        found = find_hosts()
+    except UserError:
+        return  # no cluster
+    if found["num_processes"] > 1:
+        text = (
+            f"mesh.hosts is not set on host {found['process_id']}, which was started as one of"
+            f" {found['num_processes']} processes; set it on all hosts, or start a single process"
+        )
+        report_failure(text, 2)
+        raise UserError(text)
+
+
+def check_shared(folder: Path, name: str) -> None:
+    """UserError on all hosts unless `folder`, that of the setting `name`, is one and the same on
+    all: each host writes a file there, and looks for those of the others. Makes the folder.
+    """
+    if not _channel:
+        return
+    # One number for all hosts, and a new one each time: no file of before has this name.
+    token = largest(secrets.randbelow(1 << 31))
+    files = [folder / f".host-{i}.{token}.partial" for i in range(jax.process_count())]
+    own = files[jax.process_index()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own.touch()
+        largest(0)  # all have written
+        seen = [str(number) for number, file in enumerate(files) if file.exists()]
+        largest(0)  # all have looked
+        own.unlink()
+    except OSError as error:
+        raise UserError(explain(error, folder)) from error
+    agree(
+        {f"what is seen in {name}={folder}": f"the files of host {' and '.join(seen)}"},
+        f"{name} must be one folder that all hosts share, such as one on a network file system",
+    )
 
 
 def report_failure(text: str, status: int) -> None:

@@ -243,6 +243,7 @@ def _libsndfile(file: BinaryIO, size: int, name: str) -> tuple[_Sound | None, in
     promised, held = headers.mp3_frames(file, size)
     if promised and held is not None and held < promised - 1:  # some encoders count the header too
         raise _truncated(name, f"{held} of its {promised} frames are there")
+    in_flac = headers.flac_samples(file, size)
     file.seek(0)
     try:
         sound = _Sound(file)
@@ -266,6 +267,8 @@ def _libsndfile(file: BinaryIO, size: int, name: str) -> tuple[_Sound | None, in
         why = f"it reads one of the {begun} Ogg streams"
     elif frames >= (2**62 if sound.format == "FLAC" else headers.STREAMED):
         frames = None  # written to a pipe
+    elif sound.format == "FLAC" and in_flac > frames:
+        why = "its header counts fewer samples than there are"
     if why:
         sound.close()
         return None, None, why

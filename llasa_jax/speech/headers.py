@@ -1,5 +1,5 @@
 """What the headers of audio files promise, where libsndfile does not check it: bytes that a file
-lacks, the frames of an MP3, the pages of an Ogg file.
+lacks, the frames of an MP3, the pages of an Ogg file, the samples of a FLAC.
 
 Every function takes a seekable binary file of `size` bytes and leaves its position anywhere.
 """
@@ -142,3 +142,56 @@ def ogg_streams(file: BinaryIO, size: int) -> tuple[int, int]:
         begun += page[5] >> 1 & 1
         ended += page[5] >> 2 & 1
     return begun, ended
+
+
+def flac_samples(file: BinaryIO, size: int) -> int:
+    """How many samples a FLAC file (RFC 9639) has by its last frame, whose header says where it
+    stands; 0 where none is found. What STREAMINFO claims may be less.
+    """
+    file.seek(0)
+    start = file.read(26)
+    if start[:4] != b"fLaC" or len(start) < 26:
+        return 0
+    fixed = int.from_bytes(start[10:12], "big")  # samples in every frame but the last
+    largest = int.from_bytes(start[15:18], "big") or 1 << 20  # bytes of a frame
+    file.seek(max(26, size - largest - (1 << 10)))  # tags may follow
+    tail = file.read(largest + (1 << 10))
+    at = len(tail)
+    while (at := tail.rfind(b"\xff", 0, at)) >= 0:
+        if found := _flac_frame(tail[at : at + 16]):
+            number, samples, counts_samples = found
+            return number + samples if counts_samples else number * fixed + samples
+    return 0
+
+
+def _flac_frame(header: bytes) -> tuple[int, int, bool] | None:
+    """Of a FLAC frame's header: its number or, in a file of varying frames (True), that of its
+    first sample; and how many samples it has. None if this is no such header.
+    """
+    if len(header) < 16 or header[1] & 0xFE != 0xF8 or header[3] & 1:
+        return None
+    size, rate, ones = header[2] >> 4, header[2] & 15, 0
+    while header[4] << ones & 0x80:
+        ones += 1
+    end = 4 + max(1, ones)  # the number, coded as UTF-8 would be, in up to 7 bytes
+    number = header[4] & (0x7F >> ones)
+    for byte in header[5:end]:
+        number = number << 6 | byte & 0x3F
+    if size == 0 or rate == 15 or ones == 1 or ones > 7:
+        return None
+    if size in (6, 7):
+        samples = int.from_bytes(header[end : end + size - 5], "big") + 1
+        end += size - 5
+    else:
+        samples = 192 if size == 1 else (144 if size < 6 else 1) << size
+    end += {12: 1, 13: 2, 14: 2}.get(rate, 0)
+    return (number, samples, bool(header[1] & 1)) if _crc8(header[:end]) == header[end] else None
+
+
+def _crc8(data: bytes) -> int:
+    crc = 0
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc << 1 & 0xFF ^ (7 if crc & 0x80 else 0)
+    return crc

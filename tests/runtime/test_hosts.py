@@ -65,7 +65,9 @@ def start(folder, *changes, where=(None, None)):
         }
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as e:
-            command = [sys.executable, "-m", "llasa_jax.cli", "train", *SETTINGS, *own]
+            names = {setting.partition("=")[0] for setting in own}
+            shared = [setting for setting in SETTINGS if setting.partition("=")[0] not in names]
+            command = [sys.executable, "-m", "llasa_jax.cli", "train", *shared, *own]
             processes.append(
                 subprocess.Popen(command, env=environment, cwd=where[number], stdout=out, stderr=e)
             )
@@ -112,6 +114,19 @@ def test_a_host_that_is_killed_in_training_is_named(model, records, tmp_path, ki
     assert "vanished" in last[1 - killed]
 
 
+@pytest.mark.parametrize("alone", [0, 1])
+def test_mesh_hosts_is_missing_on_one_host(model, records, tmp_path, alone):
+    own = [f"--model.path={model}", f"--data.path={records}", f"--out={tmp_path / 'run'}"]
+    changes = [own, own]
+    changes[alone] = [*own, "--mesh.hosts=false"]
+    processes = start(tmp_path, *changes)
+    since = until(tmp_path, "llasa-jax: error", processes)
+    status, last = ended(tmp_path, processes, since)
+    assert status == [2, 2]
+    assert all(f"mesh.hosts is not set on host {alone}," in line for line in last)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("other", ["--data.path=/nope", "--optimizer.learning_rate=0.5", "--x=1"])
 def test_a_host_that_differs_or_cannot_begin(model, records, tmp_path, other):
     """Settings that differ, and settings with which a host does not even join the others."""
@@ -147,6 +162,21 @@ def test_other_data_under_the_same_path(model, records, tmp_path):
     status, last = ended(tmp_path, processes, since)
     assert status == [2, 2]
     assert all("the content of data is" in line for line in last)
+
+
+def test_each_host_has_a_disk_of_its_own(model, records, tmp_path):
+    """The same `out`, but not the same folder: found before anything is written there."""
+    for number in (0, 1):
+        (tmp_path / str(number)).mkdir()
+    own = [f"--model.path={model}", f"--data.path={records}", "--out=run"]
+    processes = start(tmp_path, own, own, where=(tmp_path / "0", tmp_path / "1"))
+    since = until(tmp_path, "llasa-jax: error", processes)
+    status, last = ended(tmp_path, processes, since)
+    assert status == [2, 2]
+    for line in last:
+        assert '"the files of host 0" on host 0, "the files of host 1" on host 1' in line
+        assert "out must be one folder that all hosts share" in line
+    assert not [path for number in "01" for path in (tmp_path / number / "run").iterdir()]
 
 
 def test_a_signal_before_the_first_step_ends_both(model, records, tmp_path):
