@@ -14,7 +14,7 @@ FLOORS = (
     "convert data",
     "model codec",
     "speech",
-    "runtime",
+    "runtime pages",
     "errors",
 )
 FLOOR = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

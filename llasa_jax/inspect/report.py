@@ -1,16 +1,11 @@
-"""One self-contained HTML page on a dataset, to look at before training on it.
-
-The page is `report.html.jinja` with `report.css`; its pictures are in `pictures.py`.
-"""
+"""One self-contained HTML page on a dataset, to look at before training on it."""
 
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -18,11 +13,11 @@ from llasa_jax.data.batching import BatchShape, Source, batches
 from llasa_jax.data.builder import read_metadata, split_sizes
 from llasa_jax.data.records import open_utterances
 from llasa_jax.errors import UserError, first_line
-from llasa_jax.inspect import pictures
 from llasa_jax.inspect.doctor import THOROUGH
-from llasa_jax.inspect.pictures import number, span
 from llasa_jax.inspect.record_checks import check_scans
 from llasa_jax.inspect.scan import Scan, check_sample, repeated_codes, scan, suspicious_pace
+from llasa_jax.pages import Card, pictures, render
+from llasa_jax.pages.pictures import number, span
 from llasa_jax.runtime.files import parse_json, read_text, write_whole
 from llasa_jax.speech.prompts import Prompter, Utterance
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES
@@ -31,23 +26,6 @@ ROWS_DRAWN, ROWS_MEASURED = 24, 192
 MOST_BARS, MOST_LISTED, MOST_DOTS = 15, 12, 300
 MAX_LENGTH = 1_000_000  # tokens per row: rows beyond it would need gigabytes
 BATCH_TOKENS = 2**21  # in a batch while packing is measured
-
-
-@dataclass(frozen=True)
-class Card:
-    """A section of the page: a heading, a sentence, and a picture or a table.
-
-    `numeric` are the columns of the table that are aligned as numbers; `wide` takes both columns
-    of the page. Texts are escaped by the template, pictures are markup.
-    """
-
-    title: str
-    about: str
-    picture: Markup = Markup()
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    numeric: Sequence[int] = ()
-    wide: bool = False
 
 
 def report(
@@ -99,9 +77,9 @@ def report(
         for split, part in scans.items()
         if part.is_sample
     ]
-    page = _render(name=folder.name, about=about, tiles=_tiles(scans), cards=cards)
+    page = render(folder.name, about, _tiles(scans), cards)
     try:
-        write_whole(Path(out), page.encode("utf-8", "backslashreplace"))
+        write_whole(Path(out), page)
     except OSError as error:
         raise UserError(
             f"{out}: the page cannot be written ({first_line(error)}); give another file as --out"
@@ -116,15 +94,6 @@ def _check_writable(out: str) -> None:
         raise UserError(f"--out is {out!r}; give the name of a file, as report.html")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder for the page; make it, or change --out")
-
-
-def _render(**values) -> str:
-    room = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(room), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    style = Markup((room / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.jinja").render(style=style, **values)
 
 
 def _tiles(scans: Mapping[str, Scan]) -> dict[str, str]:

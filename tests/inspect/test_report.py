@@ -13,9 +13,9 @@ import pytest
 from llasa_jax.cli import main
 from llasa_jax.data.builder import write_dataset
 from llasa_jax.errors import UserError
-from llasa_jax.inspect import pictures
 from llasa_jax.inspect.report import report
 from llasa_jax.inspect.scan import scan
+from llasa_jax.pages import pictures
 from llasa_jax.speech.prompts import Utterance
 
 TEXT = "the quick brown fox jumps over the lazy dog, "

@@ -1,4 +1,4 @@
-"""The report's pictures, as inline SVG. Colours are classes, so that the page's style sheet turns
+"""A page's pictures, as inline SVG. Colours are classes, so that the page's style sheet turns
 them for a dark room.
 """
 
