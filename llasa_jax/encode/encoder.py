@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar, runtime_checkable
 
+import jax
 import numpy as np
 
 from llasa_jax.codec import HOP, MAX_BATCH_SAMPLES, Codec
@@ -17,6 +18,7 @@ from llasa_jax.encode.planned import EncodedClips, PlannedClip, PlannedClips
 from llasa_jax.encode.readers import Key, Readers
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
+from llasa_jax.runtime import hosts
 from llasa_jax.speech.audio import SAMPLE_RATE
 
 ENOUGH = 1000  # clips, or all if they are fewer, before a share of bad ones says anything
@@ -143,21 +145,27 @@ class Encoder:
                     del missing[key], held[key]
                     codes[key] = its_codes
 
-    def held_out(self, sources: Sequence[Source], process: tuple[int, int]) -> list[Source]:
-        """Sources to run through once (see `plan`), with the codes of this host's clips made now
-        and kept in memory.
+    def held_out(self, sources: Sequence[Source]) -> list[Source]:
+        """Sources to run through once (see `plan`), with the codes of all clips made now and kept
+        in memory. Each host makes its share of them, and all hosts must ask.
         """
-        index, count = process
-        own = [(source.records, i) for source in sources for i in range(len(source.records))][
-            index::count
-        ]
+        every = [(source.records, i) for source in sources for i in range(len(source.records))]
+        own = every[jax.process_index() :: jax.process_count()]
         clips = [
             clip for records, i in own if isinstance(records, PlannedClips) and (clip := records[i])
         ]
         groups = ((clips[i : i + 32], None) for i in range(0, len(clips), 32))
-        codes: dict[Key, np.ndarray | None] = {}
+        made_here: dict[Key, np.ndarray | None] = {}
         for made, _ in self.encode(groups, ahead=4):
-            codes |= made
+            made_here |= made
+        codes: dict[Key, np.ndarray | None] = {}
+        for part in hosts.everyones(
+            [(key, None if made is None else made.tolist()) for key, made in made_here.items()]
+        ):
+            codes |= {
+                (source, index): None if made is None else np.array(made, np.uint16)
+                for (source, index), made in part
+            }
         return [
             (
                 replace(source, records=EncodedClips(source.records, codes))

@@ -36,7 +36,6 @@ class OnlineBatches(grain.DatasetIterator):
     def __init__(self, encoder: Encoder, sources: Sequence[Source], shape: BatchShape, **options):
         super().__init__()
         self._encoder, self._settings, self._shape = encoder, encoder.settings, shape
-        self._hosts = options["process"][1]
         self._sources = sources
         self._plan = iter(plan(sources, shape, **options))
         self._state = self._plan.get_state()
@@ -121,7 +120,7 @@ class OnlineBatches(grain.DatasetIterator):
                 self._planned(), ahead=self._settings.queue
             ):
                 rows = [[encoded(one, self._sources, codes) for one in row] for row in rows]
-                batch = fill(rows, self._shape, self._hosts)
+                batch = fill(rows, self._shape)
                 self._encoder.doing = "done, as the queue is full"
                 while not self._encoder.closed.is_set():
                     try:

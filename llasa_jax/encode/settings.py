@@ -77,6 +77,10 @@ class DataSettings:
     """Clips longer than a row are dropped and counted, or cut."""
     pack: bool = True
     """Fill a row with as many clips as fit; no clip sees another. Otherwise a row holds one."""
+    streams: int = setting(0, low=0, high=65_536, resume=True)
+    """Parts that the data is cut into, each planned by the hosts that need it; together they give
+    the same batches on any number of hosts. Must divide train.rows, and is kept by a run; 0 means
+    one for every 16 rows. More streams spread the reading over more hosts."""
     doctor: Literal["stop", "warn", "off"] = setting("stop", resume=True)
     """What a bad finding of the quick look at the records before training does."""
     online: OnlineSettings = group(OnlineSettings)

@@ -85,9 +85,7 @@ def make_mesh(
     shape = tuple(mesh_sizes(data, fsdp, tensor, len(devices)).values())
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        return _rows_by_process(
-            jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
-        )
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
     if shape[0] % slices:
         raise UserError(
             f"mesh.data={shape[0]} is not a multiple of mesh.slices={slices}; each slice repeats"
@@ -106,7 +104,7 @@ def make_mesh(
             f"mesh.slices={slices} does not match the {'slices' if of_slices else 'processes'} at"
             f" hand: {error}"
         ) from None
-    return _rows_by_process(Mesh(arranged, MESH_AXES, axis_types=axis_types))
+    return Mesh(arranged, MESH_AXES, axis_types=axis_types)
 
 
 def row_devices(mesh: Mesh | AbstractMesh, rows: int = 0) -> int:
@@ -122,21 +120,19 @@ def row_devices(mesh: Mesh | AbstractMesh, rows: int = 0) -> int:
     return count
 
 
-def _rows_by_process(mesh: Mesh) -> Mesh:
-    """The mesh, if each process has rows of its own to read. UserError where the devices that share
-    a row are of several.
-    """
+def rows_here(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
+    """Which rows of a batch [accumulation, rows, length] this process's devices hold, ascending."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({row for index in indices if index for row in range(*index[1].indices(shape[1]))})
+
+
+def shares_rows(mesh: Mesh) -> bool:
+    """Whether devices of several processes hold the same rows."""
     parts = devices_along(mesh, LAYER_PARTS)
-    processes = [
-        {device.process_index for device in same_rows}
+    return any(
+        len({device.process_index for device in same_rows}) > 1
         for same_rows in mesh.devices.reshape(-1, parts)
-    ]
-    if max(map(len, processes)) > 1:
-        raise UserError(
-            f"mesh.{' x mesh.'.join(LAYER_PARTS)} = {parts} goes across hosts; choose at most the"
-            " devices of one host"
-        )
-    return mesh
+    )
 
 
 NAMES = {

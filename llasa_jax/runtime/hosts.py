@@ -3,6 +3,7 @@ others; and how they end together when one of them fails.
 """
 
 import hashlib
+import json
 import os
 import secrets
 import signal
@@ -239,6 +240,19 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return int(value)
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def everyones(value: Any) -> list[Any]:
+    """Every host's value, which JSON can hold, in the order of the hosts. Every host must ask."""
+    if jax.process_count() == 1:
+        return [json.loads(json.dumps(value))]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    # A power of two, for each size is compiled once.
+    padded = np.zeros(1 << int(np.max(lengths)).bit_length(), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:n])) for row, n in zip(texts, lengths.tolist(), strict=True)]
 
 
 def stopped(stop: "StopSignal", failed: bool = False) -> int:

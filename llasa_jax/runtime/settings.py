@@ -78,7 +78,10 @@ class Allowed:
             return False
         if not self.path:
             return True
-        names = [name.encode(errors="surrogateescape") for name in text.split("/")]
+        try:
+            names = [name.encode(errors="surrogateescape") for name in text.split("/")]
+        except UnicodeEncodeError:  # half a character, which no file's name can hold
+            return False
         longest = max(map(len, names))
         return (
             "\0" not in text

@@ -14,17 +14,16 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from llasa_jax.convert.model_folder import (
     ABOUT,
@@ -43,6 +42,7 @@ from llasa_jax.runtime.files import explain, is_full
 from llasa_jax.runtime.library_path import library_path
 
 OPTIMIZER, DATA = "optimizer", "data"
+STREAMS = "streams"  # in `about` how many there are, in `data` the place in each
 ITEMS = {PARAMS, OPTIMIZER, DATA, ABOUT}
 # What a folder of Orbax's has, some of it even while it is being removed.
 CONTENTS = ITEMS | {"_CHECKPOINT_METADATA", "commit_success.txt"}
@@ -58,8 +58,9 @@ class Checkpoints:
     """The `checkpoints/` of a run's folder: the newest `keep`, and the `keep_best` with the lowest
     validation loss.
 
-    The place in the data means something only for the same data on the same number of hosts, so
-    both are kept with it: `clips` is the number of training clips, `data` a fingerprint of them.
+    The place in the data means something only for the same data, cut into the same number of
+    `streams`, so both are kept with it: `clips` is the number of training clips, `data` a
+    fingerprint of them. The place is that of all streams; `here` are those that this host reads.
     `base` is the folder and the fingerprint of the model that a LoRA run's checkpoints belong to.
     A context, which ends when everything is on disk. Raises UserError on what cannot be written.
     """
@@ -72,11 +73,12 @@ class Checkpoints:
         clips: int = 0,
         base: tuple[Path, str] | None = None,
         data: str = "",
+        streams: int = 1,
+        here: Sequence[int] = (0,),
     ):
         self._folder, self._keep, self._keep_best = (run / CHECKPOINTS).absolute(), keep, keep_best
-        self._place = {"hosts": jax.process_count(), "clips": clips} | (
-            {"dataset": data} if data else {}
-        )
+        self._streams, self._here = streams, here
+        self._data = {STREAMS: streams, "clips": clips} | ({"dataset": data} if data else {})
         self._run, self._base = run, base
         self._newest = 0  # the newest step that is known to be whole
         self._losses = {
@@ -116,13 +118,14 @@ class Checkpoints:
         if validation_loss is not None:
             self._losses[step] = validation_loss
         base = {"base": str(self._base[0]), "fingerprint": self._base[1]} if self._base else {}
-        about = self._place | base | {"validation_loss": validation_loss}
+        places = self._places(data)
+        about: dict[str, Any] = self._data | base | {"validation_loss": validation_loss}
         about["checksums"] = {PARAMS: checksums(params), OPTIMIZER: checksums(opt_state)}
-        about["checksums"][DATA] = _of_all_hosts(_crc(data.get_state()))
+        about["checksums"][DATA] = [_crc(place) for place in places]
         items = {
             PARAMS: ocp.args.StandardSave(params, save_args=chunking(params)),
             OPTIMIZER: ocp.args.StandardSave(opt_state),
-            DATA: grain.checkpoint.CheckpointSave(data),
+            DATA: ocp.args.JsonSave({STREAMS: places}),
             ABOUT: ocp.args.JsonSave(about | {"checksum": _crc(about)}),
         }
         with self._explained():
@@ -153,18 +156,20 @@ class Checkpoints:
         from the one that saved. A damaged checkpoint is passed over with a warning, and moved to
         `damaged/` so that it can be written again; so is one whose weights are not finite.
         UserError where none is whole, where one cannot be read for a reason that may pass (after
-        some tries), and where the data or the number of hosts are others.
+        some tries), and where the data or the number of streams are others.
         """
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._check_place(step)
-            read, failure = self._read(step, params, opt_state, data)
+            read, failure = self._read(step, params, opt_state)
             if read is None:
                 damaged[step] = failure
                 continue
             self._move_aside(damaged)
             self._newest = step
-            return step, *read
+            *state, places = read
+            data.set_state({"parents": [places[stream] for stream in self._here]})
+            return step, *state
         if damaged:
             raise UserError(
                 f"none of the checkpoints in {self._folder} can be read (step {max(damaged)}:"
@@ -211,26 +216,30 @@ class Checkpoints:
 
     # Reading
 
-    def _read(self, step: int, params, opt_state, data) -> tuple[tuple | None, str]:
-        """The weights and the optimizer's state of a step, found whole; or None and what is wrong
-        with them. UserError where a fault does not pass.
+    def _read(self, step: int, params, opt_state) -> tuple[tuple | None, str]:
+        """The weights, the optimizer's state and the places in the data of a step, found whole; or
+        None and what is wrong with them. UserError where a fault does not pass.
         """
+        old = STREAMS not in read_about(self._run, step)
         items = {
             PARAMS: ocp.args.StandardRestore(params),
             OPTIMIZER: ocp.args.StandardRestore(opt_state),
-            DATA: grain.checkpoint.CheckpointRestore(data),
+            DATA: ocp.args.JsonRestore(),
             ABOUT: ocp.args.JsonRestore(),
         }
+        if old:
+            del items[DATA]
 
         def read():
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            return jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER]))
+            places = self._old_places(step) if old else restored[DATA][STREAMS]
+            return *jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER])), places
 
         for wait in (*RETRIES, None):
             restored, verdict, failure = self._attempt(step, read)
             if verdict == READ:
                 # All hosts have it, so all can compute the checksums, which they do together.
-                verify = partial(self._verify, step, restored[0], restored[1], data)
+                verify = partial(self._verify, step, *restored)
                 _, verdict, failure = self._attempt(step, verify)
             if verdict == READ:
                 return restored, ""
@@ -266,7 +275,7 @@ class Checkpoints:
         worst = hosts.largest(verdict)
         return result, worst, failure or "another host cannot read it"
 
-    def _verify(self, step: int, params, opt_state, data) -> None:
+    def _verify(self, step: int, params, opt_state, places: list[dict]) -> None:
         """Raises UserError or ValueError where what was read is not what was saved, or is not
         finite.
         """
@@ -278,7 +287,7 @@ class Checkpoints:
         for name, tree in ((PARAMS, params), (OPTIMIZER, opt_state)):
             if name in saved:
                 compare(checksums(tree), saved[name], f"{name} of step {step}")
-        if DATA in saved and saved[DATA][jax.process_index()] != _crc(data.get_state()):
+        if DATA in saved and saved[DATA] != [_crc(place) for place in places]:
             raise ValueError("the checksum of the place in the data is not the one that was saved")
         if not _all_finite(params):
             raise ValueError("its weights are not finite")
@@ -293,11 +302,13 @@ class Checkpoints:
         if self._base:
             check_fingerprint(self._run, step, *self._base)
         about = read_about(self._run, step)
-        for name, now in self._place.items():
-            before = about.get(name, now)
+        for name, now in self._data.items():
+            # Runs of older versions have a stream a host.
+            before = about.get("hosts", now) if name == STREAMS else now
+            before = about.get(name, before)
             if before != now:
                 what = {
-                    "hosts": f"on {before} hosts, not {now}",
+                    STREAMS: f"with data.streams={before}, not {now}",
                     "clips": f"from {before} training clips, not {now}",
                     "dataset": f"from other training data (fingerprint {before}, not {now})",
                 }[name]
@@ -305,6 +316,27 @@ class Checkpoints:
                     f"the run in {self._folder.parent} was made {what}, so its place in the data"
                     " has no meaning now; go on as it was, or choose another out folder"
                 )
+
+    def _places(self, data: grain.DatasetIterator) -> list[dict]:
+        """The place in every stream, from the hosts that read it."""
+        own = dict(zip(map(str, self._here), data.get_state()["parents"], strict=True))
+        places: dict[str, dict] = {}
+        for part in hosts.everyones(own):
+            for stream, place in part.items():
+                if places.setdefault(stream, place) != place:
+                    raise UserError(
+                        f"the hosts that read stream {stream} of the data are at different places"
+                        " in it; a file that only some of them can read would be the cause"
+                    )
+        return [places[str(stream)] for stream in range(self._streams)]
+
+    def _old_places(self, step: int) -> list[dict]:
+        """Of a run of an older version, in which each host had a stream and wrote its place."""
+        files = [
+            self._folder / str(step) / DATA / f"process_{stream}-of-{self._streams}.json"
+            for stream in range(self._streams)
+        ]
+        return [json.loads(file.read_text()) for file in files]
 
     # Folders
 
@@ -380,10 +412,3 @@ def _all_finite(tree) -> bool:
 
 def _crc(content) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _of_all_hosts(value: int) -> list[int]:
-    """Every host's value, in the order of the processes. Every host must ask."""
-    if jax.process_count() == 1:
-        return [value]
-    return multihost_utils.process_allgather(np.uint32(value)).tolist()

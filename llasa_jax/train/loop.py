@@ -10,9 +10,8 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from llasa_jax.data.batching import Source, batches
+from llasa_jax.data.batching import Source, batches, fill
 from llasa_jax.encode.encoder import Encoder
 from llasa_jax.encode.online import OnlineBatches
 from llasa_jax.errors import UserError
@@ -64,7 +63,7 @@ def run(
     UserError on a full disk, and on a loss that is not finite.
     """
     settings, functions = job.settings, job.functions
-    pipeline = settings.packing | {"process": (jax.process_index(), jax.process_count())}
+    pipeline = settings.packing | {"here": functions.rows_here(*astuple(job.shape))}
     held_out: Sequence[Source] = job.held_out
     with (
         run_folder.claimed(job.run, settings, codec, functions.adapters),
@@ -158,7 +157,7 @@ class Loop:
             if self.online:
                 failed = not self.online.wait(lambda: self.stop.received)
             if not failed and not self.stop.received:
-                batch = _place(next(self.data), self.job.functions.batch_sharding)
+                batch = self.place(next(self.data))
         # Only now do the hosts wait for each other, each with its batch: a step that one host does
         # not take would hang all others.
         if hosts.stopped(self.stop, failed):
@@ -167,6 +166,10 @@ class Loop:
         if failed:
             next(self.data)  # raises what ended its thread
         return batch
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch, on the devices."""
+        return self.job.functions.place(batch, self.job.shape.rows)
 
     def step(self, batch: dict[str, jax.Array]) -> None:
         """Starts a step on the devices, and settles the numbers of the one before."""
@@ -207,14 +210,13 @@ class Loop:
     def score(self, validate: Callable) -> float | None:
         """The validation loss, nats a target; None where a signal ended it."""
         state, shape = self.state, self.job.shape
-        here = (shape.accumulation, shape.rows // jax.process_count(), shape.length)
-        empty = {name: np.zeros(here, dtype) for name, dtype in self.job.functions.BATCH.items()}
+        empty = fill([[]] * (shape.accumulation * len(self.pipeline["here"])), shape)
         every = batches(self.held_out, shape, **self.pipeline, repeat=False)
         return _validate(
             state.step,
             partial(validate, state.frozen, state.trainable),
             hosts.evenly(every, empty),
-            self.job.functions.batch_sharding,
+            self.place,
             self.metrics,
             self.stop,
         )
@@ -239,7 +241,7 @@ def _encoded(held_out: Sequence[Source], encoder: Encoder, run: Path) -> Sequenc
     encoder.skipped.list_in(run / (f"bad.{index}.jsonl" if index else "bad.jsonl"))
     if held_out:
         say("the validation clips are encoded first")
-    return encoder.held_out(held_out, (index, jax.process_count()))
+    return encoder.held_out(held_out)
 
 
 def _batches(job: Job, encoder: Encoder | None, pipeline: dict) -> grain.DatasetIterator:
@@ -253,7 +255,7 @@ def _validate(
     step: int,
     score: Callable[[dict], dict],
     held_out: Iterable[dict],
-    sharding: NamedSharding,
+    place: Callable[[dict], dict],
     metrics: Metrics,
     stop: StopSignal,
 ) -> float | None:
@@ -264,7 +266,7 @@ def _validate(
     for batch in held_out:
         if hosts.stopped(stop):
             return None
-        for name, value in jax.device_get(score(_place(batch, sharding))).items():
+        for name, value in jax.device_get(score(place(batch))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     if not sums.get("targets"):
         raise UserError(
@@ -289,12 +291,3 @@ def _validate(
     metrics.write(step, result)
     say(line)
     return result["validation_loss"]
-
-
-def _place(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    # What the guard of the loop lets through on one host counts as implicit on several.
-    with jax.transfer_guard_host_to_device("allow"):
-        return {
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in batch.items()
-        }

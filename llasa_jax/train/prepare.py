@@ -14,7 +14,7 @@ from llasa_jax.data.batching import BatchShape, Source, measure, sources_of
 from llasa_jax.data.seal import read_seal
 from llasa_jax.errors import UserError
 from llasa_jax.model.lora import adapter_config
-from llasa_jax.model.sharding import make_mesh, row_devices
+from llasa_jax.model.sharding import make_mesh, row_devices, shares_rows
 from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.offload import check_host_memory
@@ -88,6 +88,12 @@ def prepare(
         )
     shape = BatchShape(settings.train.accumulation, settings.train.rows, settings.data.max_length)
     row_devices(mesh, shape.rows)
+    if shares_rows(mesh) and any(source.mode == "online" for source in settings.sources):
+        # A clip that only one of them cannot read would be in the row of one, not of the other.
+        raise UserError(
+            f"mesh.tensor={mesh.shape['tensor']} goes across hosts, which would have to encode the"
+            " same clips online; choose at most the devices of one host, or data.mode=offline"
+        )
     if settings.train.keep_best and not held_out:
         raise UserError(
             "train.keep_best needs a validation loss; name a split in data.validation_split, or"

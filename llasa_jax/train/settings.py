@@ -30,6 +30,7 @@ from llasa_jax.speech.settings import PromptSettings
 
 # Tokens of one step: arrays of them are indexed with 32 bits.
 MAX_TOKENS = 2**31 - 1
+STREAM_ROWS = 16  # fewest rows of a stream, where data.streams is 0
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,11 @@ class Settings:
                 f"model.loss_chunk={self.model.loss_chunk} does not divide"
                 f" data.max_length={self.data.max_length}; choose a divisor"
             )
+        if self.train.rows % (self.data.streams or 1):
+            raise UserError(
+                f"data.streams={self.data.streams} does not divide train.rows={self.train.rows};"
+                " choose a divisor"
+            )
         tokens = self.train.rows * self.train.accumulation * self.data.max_length
         if tokens > MAX_TOKENS:
             raise UserError(
@@ -235,9 +241,26 @@ class Settings:
         return [replace(source, mode="offline") if source.is_chat else source for source in listed]
 
     @property
+    def streams(self) -> int:
+        """How many streams the data is cut into: the largest power of two that divides the rows and
+        leaves each stream `STREAM_ROWS`, if no other number is set.
+        """
+        if self.data.streams:
+            return self.data.streams
+        streams = 1
+        while self.train.rows % (2 * streams) == 0 and self.train.rows >= 2 * streams * STREAM_ROWS:
+            streams *= 2
+        return streams
+
+    @property
     def packing(self) -> dict:
         """How rows are filled, as options of `batching.plan` and `batching.measure`."""
-        return {"pack": self.data.pack, "too_long": self.data.too_long, "seed": self.train.seed}
+        return {
+            "pack": self.data.pack,
+            "too_long": self.data.too_long,
+            "seed": self.train.seed,
+            "streams": self.streams,
+        }
 
     @property
     def step_options(self) -> dict:

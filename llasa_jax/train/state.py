@@ -1,11 +1,12 @@
 """What training changes, step by step: new, or that of the newest checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import grain
 
 from llasa_jax.convert import model_folder
+from llasa_jax.data.batching import streams_of
 from llasa_jax.model.config import AdapterConfig
 from llasa_jax.model.lora import Adapter, count, join, new_adapters, put_on_devices, split
 from llasa_jax.train.checkpoints import Checkpoints
@@ -40,6 +41,8 @@ def begin(
         clips=job.clips,
         base=base,
         data=job.dataset,
+        streams=settings.streams,
+        here=streams_of(functions.rows_here(*astuple(job.shape)), job.shape.rows, settings.streams),
     )
     restored = checkpoints.restore(functions.trainable, functions.opt_state, data)
     if restored:

@@ -7,6 +7,7 @@ of the second alone. In full finetuning the first is empty.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -17,7 +18,7 @@ from llasa_jax.model.llama import Llama
 from llasa_jax.model.lora import join, split
 from llasa_jax.model.loss import chunked_cross_entropy, chunked_ranks
 from llasa_jax.model.settings import ModelSettings
-from llasa_jax.model.sharding import ROWS, MeshLayout, abstract_params
+from llasa_jax.model.sharding import ROWS, MeshLayout, abstract_params, rows_here
 from llasa_jax.train.offload import place_state
 
 
@@ -78,6 +79,30 @@ class TrainStep:
             self._train, donate_argnums=(1, 2), out_shardings=(*shardings, self.replicated)
         )
         self.validate = jax.jit(self._validate, out_shardings=self.replicated)
+
+    def rows_here(self, accumulation: int, rows: int, length: int) -> list[int]:
+        """Which rows of a batch of this shape this host's devices hold, ascending."""
+        return rows_here(self.batch_sharding, (accumulation, rows, length))
+
+    def place(self, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+        """A batch of `rows` on the devices, of the arrays of the rows that are here."""
+        accumulation, here, length = batch["tokens"].shape
+        shape = accumulation, rows, length
+        first = {row: at for at, row in enumerate(self.rows_here(*shape))}
+
+        def part(array):
+            def of(index: tuple[slice, ...]) -> np.ndarray:
+                begin, end, _ = index[1].indices(rows)
+                return array[:, first[begin] : first[begin] + end - begin]
+
+            return of
+
+        # What the guard of the loop lets through on one host counts as implicit on several.
+        with jax.transfer_guard_host_to_device("allow"):
+            return {
+                name: jax.make_array_from_callback(shape, self.batch_sharding, part(array))
+                for name, array in batch.items()
+            }
 
     def compile(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
         """The train step for batches of this shape and the platform of the mesh's devices, which

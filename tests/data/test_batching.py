@@ -1,6 +1,4 @@
-"""Packing: every clip whole, once, in its own segment, in an order that is seeded and the same on
-any number of hosts.
-"""
+"""Packing: every clip whole, once, in its own segment, in an order that is seeded."""
 
 import threading
 
@@ -119,37 +117,6 @@ def test_few_clips_are_packed_an_epoch_at_a_time(prompter, clips):
         assert sorted(epoch) == sorted(
             prompter.example(clip).tokens.tobytes() for clip in clips[:20]
         )
-
-
-def test_hosts_share_out_every_epoch(prompter, clips):
-    seen = []
-    for host in range(2):
-        iterator = iter(batches([Source(clips, prompter)], SHAPE, seed=3, process=(host, 2)))
-        batch = next(iterator)
-        assert batch["tokens"].shape == (2, 2, 512)
-        for _ in range(30):
-            seen.append(
-                np.concatenate(
-                    [
-                        np.frombuffer(s["tokens"].tobytes(), np.int32)[-20:]
-                        for s in segments(next(iterator))
-                    ]
-                ).size
-            )
-    with pytest.raises(UserError, match="train.rows=4 does not divide over 3 hosts"):
-        batches([Source(clips, prompter)], SHAPE, seed=3, process=(0, 3))
-    once = [
-        {
-            s["tokens"].tobytes()
-            for batch in batches(
-                [Source(clips, prompter)], SHAPE, seed=0, repeat=False, process=(h, 2)
-            )
-            for s in segments(batch)
-        }
-        for h in range(2)
-    ]
-    assert len(once[0]) == len(once[1]) == 75
-    assert not once[0] & once[1]
 
 
 def test_resumes_from_its_state(prompter, clips):

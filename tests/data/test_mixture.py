@@ -1,4 +1,4 @@
-"""Mixtures: exact, seeded, the same on any number of hosts, each source with its own prompt, every
+"""Mixtures: exact, seeded, each source with its own prompt, every
 record once an epoch.
 """
 
@@ -13,9 +13,9 @@ import yaml
 
 from llasa_jax.data.batching import (
     BatchShape,
-    HostShare,
     Mix,
     Source,
+    StreamShare,
     batches,
     drawn,
     draws_per_epoch,
@@ -136,46 +136,16 @@ def test_an_epoch_is_one_pass_over_the_first_source(sources):
     )
 
 
-def test_the_same_on_any_number_of_hosts(sources):
-    """Each host has every n-th draw: together they have had the very records of one host, and each
-    its share of either source.
-    """
-    prompters = [source.prompter for source in sources]
-
-    def clips(iterator, wanted):
-        found = []
-        while len(found) < wanted:
-            batch = next(iterator)
-            for tokens, segments in zip(batch["tokens"][0], batch["segment_ids"][0], strict=True):
-                found += [tokens[segments == s].tobytes() for s in range(1, segments.max() + 1)]
-        return found
-
-    for hosts in (1, 2, 4):
-        parts = [
-            clips(
-                iter(batches(sources, SHAPE, seed=3, process=(h, hosts), window=100 // hosts)),
-                100 // hosts,
-            )
-            for h in range(hosts)
-        ]
-        first = [part[: 100 // hosts] for part in parts]
-        expected = [
-            prompters[i].example(record).tokens.tobytes()
-            for i, record in (drawn(sources, 3)[k] for k in range(100))
-        ]
-        assert Counter(sum(first, [])) == Counter(expected)
-
-
-@pytest.mark.parametrize("hosts", [2, 3, 8])
-def test_hosts_share_every_source(hosts):
-    """The chat is every fourth draw: dealt out in turn, one of two hosts would have it all."""
-    mix, shares = Mix([3, 1]), [HostShare(host, hosts, seed=0) for host in range(hosts)]
+@pytest.mark.parametrize("streams", [2, 3, 8])
+def test_streams_share_every_source(streams):
+    """The chat is every fourth draw: dealt out in turn, one of two streams would have it all."""
+    mix, shares = Mix([3, 1]), [StreamShare(i, streams, seed=0) for i in range(streams)]
     blocks = [[share[k][1] for share in shares] for k in range(1000)]
     assert [sorted(block) for block in blocks] == [
-        list(range(k * hosts, (k + 1) * hosts)) for k in range(1000)
+        list(range(k * streams, (k + 1) * streams)) for k in range(1000)
     ]
-    for host in range(hosts):
-        chats = sum(mix[block[host]][0] for block in blocks)
+    for stream in range(streams):
+        chats = sum(mix[block[stream]][0] for block in blocks)
         assert chats == pytest.approx(250, abs=50)  # 250 of 1,000, deviating by 14
 
 

@@ -50,11 +50,11 @@ from llasa_jax.inspect.doctor import doctor
 from llasa_jax.inspect.preview import preview
 from llasa_jax.runtime import hosts
 from llasa_jax.speech.prompts import Prompter, PromptSettings
-from llasa_jax.train import loop as train_module
 from llasa_jax.train.loop import train
+from llasa_jax.train.step import TrainStep
 
 SHAPE = BatchShape(accumulation=1, rows=2, length=512)
-OPTIONS = {"seed": 3, "too_long": "drop", "process": (0, 1)}
+OPTIONS = {"seed": 3, "too_long": "drop"}
 
 
 @pytest.fixture(scope="module")
@@ -601,7 +601,7 @@ def test_training_online_is_training_offline(
     settings = settings_for(model, tmp_path / "offline", data=data)
     train(settings, *open_sources(settings.sources))
 
-    real_place, count = train_module._place, iter(range(100))
+    real_place, count = TrainStep.place, iter(range(100))
 
     def place(*args):
         if (
@@ -610,7 +610,7 @@ def test_training_online_is_training_offline(
             os.kill(os.getpid(), signal.SIGTERM)
         return real_place(*args)
 
-    monkeypatch.setattr(train_module, "_place", place)
+    monkeypatch.setattr(TrainStep, "place", place)
     with pytest.raises(SystemExit) as stop:
         opened(model, tmp_path / "online", manifest, codec, tmp_path / "cache")[1]()
     assert stop.value.code == 128 + signal.SIGTERM

@@ -4,14 +4,11 @@ both say why.
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from places import FIXTURES, ROOT
+from host_processes import ended, start, until
 from tiny_run import make_clips, make_model
 
 from llasa_jax.data.builder import write_dataset
@@ -19,12 +16,6 @@ from llasa_jax.errors import UserError
 from llasa_jax.runtime import hosts
 
 pytestmark = pytest.mark.slow
-TOGETHER = 30.0  # seconds after the first word of one host, in which the other must end
-SETTINGS = (
-    *("--mesh.hosts=true", "--model.dtype=float32", "--model.remat=none", "--model.loss_chunk=32"),
-    *("--data.max_length=128", "--data.doctor=off", "--train.rows=2", "--train.steps=100000"),
-    *("--log.every=1", "--log.tensorboard=false"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -42,63 +33,6 @@ def records(tmp_path_factory):
     ]
     write_dataset(folder, {"train": iter(rows)}, {"codec": "tiny", "fingerprint": "unknown"})
     return folder
-
-
-def start(folder, *changes, where=(None, None)):
-    """Both hosts; `changes` are each one's own settings, `where` the folders that they start in.
-    Their output goes to files.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for number, own in enumerate(changes):
-        environment = os.environ | {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "SLURM_JOB_ID": str(port),
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_NTASKS": str(len(changes)),
-            "SLURM_PROCID": str(number),
-            "SLURM_LOCALID": str(number),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-            "PYTHONPATH": f"{FIXTURES}:{ROOT}",
-        }
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as e:
-            names = {setting.partition("=")[0] for setting in own}
-            shared = [setting for setting in SETTINGS if setting.partition("=")[0] not in names]
-            command = [sys.executable, "-m", "llasa_jax.cli", "train", *shared, *own]
-            processes.append(
-                subprocess.Popen(command, env=environment, cwd=where[number], stdout=out, stderr=e)
-            )
-    return processes
-
-
-def until(folder, word, processes, seconds=200):
-    """Waits until a host has printed a word, and returns the time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        texts = [path.read_text(errors="replace") for path in folder.glob("?.[oe]*")]
-        if any(word in text for text in texts):
-            return time.monotonic()
-        if all(process.poll() is not None for process in processes):
-            break
-        time.sleep(0.1)
-    raise AssertionError(f"no {word!r} in: {texts}")
-
-
-def ended(folder, processes, since):
-    """Status and last line of every host; fails where one is still there after `TOGETHER`."""
-    try:
-        for process in processes:
-            process.wait(max(0.1, since + TOGETHER - time.monotonic()))
-    finally:
-        for process in processes:
-            process.kill()
-    last = [
-        ((folder / f"{i}.err").read_text().splitlines() or [""])[-1] for i in range(len(processes))
-    ]
-    return [process.returncode for process in processes], last
 
 
 @pytest.mark.parametrize("killed", [0, 1])

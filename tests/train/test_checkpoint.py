@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from llasa_jax.convert.model_folder import saved_steps
 from llasa_jax.errors import UserError
@@ -39,8 +40,12 @@ ABSTRACT = {
 }
 
 
+def stream():
+    return grain.MapDataset.range(100).shuffle(0).to_iter_dataset().batch(2)
+
+
 def data():
-    return iter(grain.MapDataset.range(100).shuffle(0).to_iter_dataset().batch(2))
+    return iter(grain.experimental.ZipIterDataset([stream()]))
 
 
 def tree(step):
@@ -97,7 +102,7 @@ WHERE = (
     "params/ocdbt.process_0/d/*",
     "params/d/*",
     "optimizer/ocdbt.process_0/d/*",
-    "data/*.json",
+    "data/metadata",
     "about/metadata",
 )
 
@@ -126,9 +131,7 @@ def damage(run, how, where):
 
 KINDS = [(how, where) for how in ("missing", "truncated", "empty", "zeroed") for where in WHERE]
 FOLDERS = [
-    ("no folder", where)
-    for where in WHERE
-    if where.split("/")[1] in ("manifest.ocdbt", "*.json", "metadata")
+    ("no folder", where) for where in WHERE if where.split("/")[1] in ("manifest.ocdbt", "metadata")
 ]
 
 
@@ -165,8 +168,8 @@ def test_another_place_in_the_data_is_refused(run):
     ):
         restore(run, clips=4)
     about = run / "checkpoints" / "6" / "about" / "metadata"
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"hosts": 2}))
-    with pytest.raises(UserError, match="was made on 2 hosts, not 1"):
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"streams": 2}))
+    with pytest.raises(UserError, match="was made with data.streams=2, not 1"):
         restore(run)
     assert saved_steps(run) == [2, 4, 6]
 
@@ -252,7 +255,7 @@ def test_one_flipped_bit_is_found_and_the_tensor_named(run, where):
 
 
 def test_a_changed_digit_of_the_place_in_the_data_is_found(run):
-    place = run / "checkpoints" / "6" / "data" / "process_0-of-1.json"
+    place = run / "checkpoints" / "6" / "data" / "metadata"
     place.write_text(re.sub(r"\d+", lambda number: str(int(number[0]) + 2), place.read_text()))
     with pytest.warns(UserWarning, match="the checksum of the place in the data"):
         assert restore(run) == 4
@@ -267,6 +270,21 @@ def test_a_changed_digit_beside_the_checkpoint_is_found(run):
         assert restore(run) == 4
 
 
+def make_older(run, step):
+    """Of a checkpoint one of an older version: a file by Grain for each host, no checksums."""
+    folder = run / "checkpoints" / str(step)
+    about = {"hosts": 1, "clips": 3, "validation_loss": None}
+    (folder / "about" / "metadata").write_text(json.dumps(about))
+    shutil.rmtree(folder / "data")
+    (folder / "data").mkdir()
+    order = iter(stream())
+    for _ in range(step):
+        next(order)
+    grain.checkpoint.CheckpointHandler().save(
+        epath.Path(folder / "data"), args=grain.checkpoint.CheckpointSave(order)
+    )
+
+
 def test_weights_that_are_not_finite_are_neither_saved_nor_gone_back_to(run):
     bad = tree(8) | {"b": {"c": jnp.full(10, jnp.nan)}}
     with (
@@ -276,21 +294,18 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_gone_back_to(run):
         checkpoints.save(8, bad, tree(-8), data())
     assert saved_steps(run) == [2, 4, 6]
     # One of an older version, which has no checksums.
-    write_again(run, 6, tree(6), tree(-6))
-    about = run / "checkpoints" / "6" / "about" / "metadata"
     shutil.rmtree(run / "checkpoints" / "6")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llasa_jax.train.checkpoints._all_finite", lambda _: True)
         with Checkpoints(run, 9, clips=3) as checkpoints:
             checkpoints.save(6, bad, tree(-6), data())
-    about.write_text(json.dumps({"hosts": 1, "clips": 3, "validation_loss": None}))
+    make_older(run, 6)
     with pytest.warns(UserWarning, match="step 6 is damaged .* its weights are not finite"):
         assert restore(run) == 4
 
 
 def test_checkpoints_of_older_versions_are_read(run):
-    about = run / "checkpoints" / "6" / "about" / "metadata"
-    about.write_text(json.dumps({"hosts": 1, "clips": 3, "validation_loss": None}))
+    make_older(run, 6)
     assert restore(run) == 6
 
 

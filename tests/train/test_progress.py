@@ -19,6 +19,7 @@ from llasa_jax.train import loop
 from llasa_jax.train.optimizer import learning_rate_schedule
 from llasa_jax.train.progress import on_host
 from llasa_jax.train.settings import OptimizerSettings
+from llasa_jax.train.step import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,14 @@ def test_a_hidden_transfer_in_a_step_is_refused(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_other_signals_save_too(model, tmp_path, monkeypatch, number):
-    real, count = loop._place, iter(range(100))
+    real, count = TrainStep.place, iter(range(100))
 
     def place(*arguments):
         if next(count) == 3:
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_place", place)
+    monkeypatch.setattr(TrainStep, "place", place)
     with pytest.raises(SystemExit) as stop:
         loop.train(settings_for(model, tmp_path / "run"), [make_clips()])
     assert stop.value.code == 128 + number

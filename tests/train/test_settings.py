@@ -138,6 +138,7 @@ def test_what_may_change_when_a_run_resumes():
         "data.sources.path",
         "data.online.codec",
         "data.doctor",
+        "data.streams",
         "optimizer.offload",
         "profile.steps",
         *(

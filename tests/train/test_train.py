@@ -22,6 +22,7 @@ from llasa_jax.train import loop as train_module
 from llasa_jax.train import prepare, run_folder
 from llasa_jax.train.loop import train
 from llasa_jax.train.metrics import Metrics
+from llasa_jax.train.step import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -89,33 +90,33 @@ def test_the_same_command_again_does_nothing_more(finished, model, clips, capsys
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(finished, model, clips, tmp_path, monkeypatch):
-    real_place, count = train_module._place, iter(range(100))
+    real_place, count = TrainStep.place, iter(range(100))
 
     def place(*args):
         if next(count) == 3:  # the batch of step 4, which is not made then
             os.kill(os.getpid(), signal.SIGTERM)
         return real_place(*args)
 
-    monkeypatch.setattr(train_module, "_place", place)
+    monkeypatch.setattr(TrainStep, "place", place)
     settings = settings_for(model, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
         train(settings, clips)
     assert stop.value.code == 128 + signal.SIGTERM
     assert model_folder.saved_steps(tmp_path / "run") == [2, 3]
-    monkeypatch.setattr(train_module, "_place", real_place)
+    monkeypatch.setattr(TrainStep, "place", real_place)
     train(settings, clips)
     assert losses(tmp_path / "run") == losses(finished)
 
 
 def test_sigterm_ends_a_validation(model, clips, tmp_path, monkeypatch):
-    real_place, count = train_module._place, iter(range(100))
+    real_place, count = TrainStep.place, iter(range(100))
 
     def place(*args):
         if next(count) == 3:  # the first of the validation's batches after step 3
             os.kill(os.getpid(), signal.SIGTERM)
         return real_place(*args)
 
-    monkeypatch.setattr(train_module, "_place", place)
+    monkeypatch.setattr(TrainStep, "place", place)
     with pytest.raises(SystemExit):
         train(settings_for(model, tmp_path / "run"), clips, [make_clips(60)])
     assert next(count) == 4

@@ -5,7 +5,7 @@ of the compute. Here a row holds as many whole clips as fit, separated by `segme
 restart in each clip. Best-fit decreasing over windows of 1,024 clips fills LJSpeech's rows to 99%
 (`benchmarks/row_filling.py`).
 
-    draws     which record comes next (mixing, shuffling, hosts)
+    draws     which record comes next (mixing, shuffling, streams)
     packing   which clips share a row
     rows      records -> `Planned` rows -> batches of arrays
     measure   how many steps an epoch takes
@@ -16,25 +16,33 @@ them in: at once where they are records, and as the codec makes them in online t
 """
 
 from llasa_jax.data.batching.draws import (
-    HostShare,
     Mix,
     Source,
+    StreamShare,
     drawn,
     draws_per_epoch,
     sources_of,
 )
 from llasa_jax.data.batching.measure import Fit, measure
 from llasa_jax.data.batching.packing import WINDOW, pack_rows
-from llasa_jax.data.batching.rows import BatchShape, Planned, ToExample, batches, fill, plan
+from llasa_jax.data.batching.rows import (
+    BatchShape,
+    Planned,
+    ToExample,
+    batches,
+    fill,
+    plan,
+    streams_of,
+)
 
 __all__ = [
     "WINDOW",
     "BatchShape",
     "Fit",
-    "HostShare",
     "Mix",
     "Planned",
     "Source",
+    "StreamShare",
     "ToExample",
     "batches",
     "drawn",
@@ -44,4 +52,5 @@ __all__ = [
     "pack_rows",
     "plan",
     "sources_of",
+    "streams_of",
 ]

@@ -1,10 +1,10 @@
-"""Which record comes next: several datasets, shuffled, drawn by weight, shared among hosts.
+"""Which record comes next: several datasets, shuffled, drawn by weight, cut into streams.
 
-The order of all draws is fixed by the seed alone, and of every n consecutive draws each of n hosts
-takes one, so the data is the same on any number of hosts. An epoch is one pass over the first
-source; the others are drawn beside it as often as their weights say, and each is shuffled again
-after every pass. The pipeline is Grain's, so the place in the data is a small state that goes into
-every checkpoint.
+The order of all draws is fixed by the seed alone, and of every n consecutive draws each of n
+streams takes one. How many streams there are is a setting, whatever the number of hosts. An epoch
+is one pass over the first source; the others are drawn beside it as often as their weights say, and
+each is shuffled again after every pass. The pipeline is Grain's, so the place in the data is a
+small state that goes into every checkpoint.
 """
 
 import sys
@@ -75,11 +75,11 @@ class Mix(grain.transforms.DatasetSelectionMap):
         raise AssertionError("the last source leaves nothing to others")
 
 
-class HostShare(grain.transforms.DatasetSelectionMap):
-    """One host's draws: of every `count` consecutive draws each host gets one, at random.
+class StreamShare(grain.transforms.DatasetSelectionMap):
+    """One stream's draws: of every `count` consecutive draws each stream gets one, at random.
 
-    If they took turns, one host of two would get all of a source that is every tenth draw, and the
-    lengths of that source's records would decide how fast it is drawn.
+    If they took turns, one stream of two would get all of a source that is every tenth draw, and
+    the lengths of that source's records would decide how fast it is drawn.
     """
 
     def __init__(self, index: int, count: int, seed: int):

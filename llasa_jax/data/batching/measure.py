@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from llasa_jax.data.batching.draws import Source, drawn, draws_per_epoch
+from llasa_jax.data.batching.draws import Source, StreamShare, drawn, draws_per_epoch
 from llasa_jax.data.batching.packing import WINDOW, pack_rows
 from llasa_jax.data.batching.rows import BatchShape
 from llasa_jax.errors import UserError
@@ -54,10 +54,12 @@ def measure(
     seed: int,
     pack: bool = True,
     too_long: Literal["drop", "cut"] = "drop",
+    streams: int = 1,
     sample: int = SAMPLE,
 ) -> Fit:
     """Counts the clips, tokens and rows of `length` tokens of the first epoch, from its first
-    `sample` draws. Raises UserError if no clip can be read or none fits.
+    `sample` draws, packed by `streams` as `plan` does. Raises UserError if no clip can be read or
+    none fits.
     """
     draws = draws_per_epoch(sources)
     count = min(draws, sample)
@@ -70,30 +72,47 @@ def measure(
     # In threads, since the length of an audio clip is read from its file.
     with ThreadPoolExecutor(MEASURING_THREADS) as pool:
         source, tokens = np.array(list(pool.map(look, range(count)))).T
-    source, tokens = source[tokens > 0], tokens[tokens > 0]
-    if not len(tokens):
+    if not tokens.any():
         raise UserError("none of the clips can be read; look at data.path and its audio")
-    fits = tokens <= length
+    fits = (tokens > 0) & (tokens <= length)
     if not fits.any() and too_long == "drop":
         raise UserError(
-            f"none of the clips fits rows of {length} tokens (the shortest has {tokens.min()});"
+            f"none of the clips fits rows of {length} tokens (the shortest has"
+            f" {tokens[tokens > 0].min()});"
             " raise data.max_length"
         )
     kept = np.minimum(tokens, length) * (fits | (too_long == "cut"))
-    used = kept[kept > 0].tolist()
-    rows = (
-        sum(len(pack_rows(used[i : i + WINDOW], length)) for i in range(0, len(used), WINDOW))
-        if pack
-        else len(used)
-    )
+    clips = int((kept > 0).sum())
+    rows = clips
+    if pack:
+        rows = sum(
+            len(pack_rows(window, length))
+            for stream in range(streams)
+            for window in _windows(kept[_draws_of(stream, streams, seed, count)])
+        )
     scale = draws / count
     shares = np.bincount(source, kept, len(sources)) / kept.sum()
     return Fit(
         length=length,
-        clips=round(len(used) * scale),
-        too_long=round(int((~fits).sum()) * scale),
+        clips=round(clips * scale),
+        too_long=round(int((tokens > length).sum()) * scale),
         tokens=round(int(kept.sum()) * scale),
         rows=round(rows * scale),
         shares=tuple(shares.tolist()),
         exact=count == draws,
     )
+
+
+def _draws_of(stream: int, streams: int, seed: int, count: int) -> list[int]:
+    """Which of the first `count` draws are a stream's, in order."""
+    if streams == 1:
+        return list(range(count))
+    share = StreamShare(stream, streams, seed)
+    draws = (share[at][1] for at in range(-(-count // streams)))
+    return [draw for draw in draws if draw < count]
+
+
+def _windows(lengths: np.ndarray) -> list[list[int]]:
+    """The lengths that are not 0, by `WINDOW`."""
+    used = lengths[lengths > 0].tolist()
+    return [used[at : at + WINDOW] for at in range(0, len(used), WINDOW)]

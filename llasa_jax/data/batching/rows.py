@@ -8,7 +8,7 @@ from typing import Literal
 import grain
 import numpy as np
 
-from llasa_jax.data.batching.draws import HostShare, Source, drawn, draws_per_epoch, tagged
+from llasa_jax.data.batching.draws import Source, StreamShare, drawn, draws_per_epoch, tagged
 from llasa_jax.data.batching.packing import WINDOW, pack_rows
 from llasa_jax.errors import UserError
 from llasa_jax.speech.prompts import Conversation, Example, Utterance
@@ -64,14 +64,13 @@ class Planned:
 def batches(
     sources: Sequence[Source], shape: BatchShape, *, ahead: int = 0, **options
 ) -> grain.IterDataset:
-    """This host's part of every batch of records with codes: `plan` and `fill`, with the options of
+    """This host's rows of every batch of records with codes: `plan` and `fill`, with the options of
     `plan`.
 
     `ahead` batches are made in a thread before they are asked for; its iterator must be closed.
     Batches and states do not depend on `ahead`: the state is that after the last batch taken.
     """
-    _, hosts = options.get("process", (0, 1))
-    made = plan(sources, shape, **options).map(lambda rows: fill(rows, shape, hosts))
+    made = plan(sources, shape, **options).map(lambda rows: fill(rows, shape))
     # Every dozen batches a window of clips is tokenised and packed, which takes some 0.3 s. Without
     # the thread, the step after it waits for that.
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=ahead)
@@ -85,54 +84,86 @@ def plan(
     repeat: bool = True,
     pack: bool = True,
     too_long: Literal["drop", "cut"] = "drop",
-    process: tuple[int, int] = (0, 1),
+    streams: int = 1,
+    here: Sequence[int] | None = None,
     window: int = WINDOW,
 ) -> grain.IterDataset:
-    """This host's rows of every batch, at most accumulation x rows / hosts: each row is the list of
-    the `Planned` clips that share it.
+    """This host's rows of every batch, accumulation x len(here) of them: each row is the list of
+    the `Planned` clips that share it, empty where the data ran out.
 
     With `repeat` it mixes, shuffles and never ends; without, it runs once over every source in
-    order. `process` is (index, count) of this host; `window` is how many clips are packed together.
-    Raises UserError where the rows do not divide over the hosts.
+    order. The data is cut into `streams`, each with an order, windows and a place of its own, and
+    the s-th fills the s-th part of a batch's rows. `here` are the rows of the batch that this host
+    fills, in ascending order (default: all); it plans only the streams that they are of. So what is
+    in a row does not depend on the hosts. The state is {"parents": the places in these streams}.
+    `window` is how many clips are packed together. `streams` must divide `shape.rows`.
     """
-    index, count = process
-    if shape.rows % count:
-        raise UserError(
-            f"train.rows={shape.rows} does not divide over {count} hosts; choose a multiple of"
-            f" {count}"
-        )
-    # Split among hosts only after mixing and repeating: together the hosts have then seen the same
-    # draws as a single host would have, to within one draw each.
-    if repeat:
-        dataset = drawn(sources, seed)
-        dataset = (
-            grain.MapDataset.select_from_datasets([dataset], HostShare(index, count, seed))
-            if count > 1
-            else dataset
-        )
-    else:
+    streams = streams if repeat else 1
+    here = range(shape.rows) if here is None else here
+    each = shape.rows // streams
+    if not repeat:
         every = [
             tagged(i, grain.MapDataset.source(source.records)) for i, source in enumerate(sources)
         ]
-        dataset = grain.MapDataset.concatenate(every)[index::count]
+        orders = [grain.MapDataset.concatenate(every)]
+    elif streams == 1:
+        orders = [drawn(sources, seed)]
+    else:
+        orders = [
+            grain.MapDataset.select_from_datasets(
+                [drawn(sources, seed)], StreamShare(stream, streams, seed)
+            )
+            for stream in streams_of(here, shape.rows, streams)
+        ]
+    # A window is never longer than an epoch, so that two epochs over a few clips see each of them
+    # exactly twice.
+    window = min(window, ceil(draws_per_epoch(sources) / streams)) if pack else 1
     to_example = ToExample(sources, shape.length, too_long)
-    dataset = dataset.map(lambda draw: Planned(draw[0], draw[1], to_example(*draw))).filter(
+    rows = [
+        _packed(order, to_example, window, shape.length).batch(
+            shape.accumulation * each, drop_remainder=False, batch_fn=list
+        )
+        for order in orders
+    ]
+    together = grain.experimental.ZipIterDataset(rows, strict=False)
+    return together.map(_Own(shape.accumulation, each, here))
+
+
+def streams_of(here: Sequence[int], rows: int, streams: int) -> list[int]:
+    """Which of the `streams` fill the rows `here` of a batch of `rows`."""
+    return sorted({row * streams // rows for row in here})
+
+
+class _Own:
+    """Of the rows of some streams, `each` x accumulation a stream, those that are `here`."""
+
+    def __init__(self, accumulation: int, each: int, here: Sequence[int]):
+        first = {stream: at for at, stream in enumerate(sorted({row // each for row in here}))}
+        # Which stream's row, and which of its rows
+        self._at = [
+            (first[row // each], turn * each + row % each)
+            for turn in range(accumulation)
+            for row in here
+        ]
+
+    def __call__(self, parts: Sequence[Sequence[list[Planned]]]) -> list[list[Planned]]:
+        return [parts[part][at] if at < len(parts[part]) else [] for part, at in self._at]
+
+
+def _packed(
+    order: grain.MapDataset, to_example: ToExample, window: int, length: int
+) -> grain.IterDataset:
+    """Drawn records as rows of `Planned` clips."""
+    dataset = order.map(lambda draw: Planned(draw[0], draw[1], to_example(*draw))).filter(
         lambda planned: planned.example is not None
     )
     clips = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-    # A window is never longer than an epoch, so that two epochs over a few clips see each of them
-    # exactly twice.
-    window = min(window, ceil(draws_per_epoch(sources) / count)) if pack else 1
     windows = clips.batch(window, drop_remainder=False, batch_fn=list)
-    rows = grain.experimental.FlatMapIterDataset(windows, _ToRows(shape.length))
-    return rows.batch(shape.accumulation * shape.rows // count, drop_remainder=False, batch_fn=list)
+    return grain.experimental.FlatMapIterDataset(windows, _ToRows(length))
 
 
-def fill(
-    rows: Sequence[Sequence["Planned"]], shape: BatchShape, hosts: int = 1
-) -> dict[str, np.ndarray]:
-    """The rows as arrays [accumulation, this host's rows, length], with empty rows at the end where
-    the data ran out.
+def fill(rows: Sequence[Sequence[Planned]], shape: BatchShape) -> dict[str, np.ndarray]:
+    """The rows of `plan` as arrays [accumulation, this host's rows, length].
 
     `tokens` and `targets` int32 (targets are the next tokens), `loss_mask` bool (targets with
     loss), `segment_ids` int32 (0 is padding) and `positions` int32. Bad clips, which have no
@@ -145,14 +176,12 @@ def fill(
                 f"the clip {planned.record.id!r} is not encoded yet, and cannot be trained on; set"
                 " data.mode=online, or encode it first with `llasa-jax encode`"
             )
-    here = shape.rows // hosts
     filled = [
         _row([planned.example for planned in row if planned.example is not None], shape.length)
         for row in rows
     ]
-    filled += [_row([], shape.length)] * (shape.accumulation * here - len(rows))
     return {
-        name: np.stack([row[name] for row in filled]).reshape(shape.accumulation, here, -1)
+        name: np.stack([row[name] for row in filled]).reshape(shape.accumulation, -1, shape.length)
         for name in filled[0]
     }
 
