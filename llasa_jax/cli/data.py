@@ -158,7 +158,9 @@ def add_commands(commands) -> None:
             " column of records"
         ),
     )
-    parser.add_argument("--subset", help="the dataset's configuration, if it has several")
+    parser.add_argument(
+        "--subset", type=NAME, help="the dataset's configuration, if it has several"
+    )
     add_codec(parser)
     add_device(parser)
     _add_reading(parser)

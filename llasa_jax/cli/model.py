@@ -1,8 +1,14 @@
 """Commands that convert and compare models: import-hf, export-hf, verify."""
 
+import argparse
 from pathlib import Path
 
 from llasa_jax.cli.arguments import DTYPES, SEED, add_base, add_command, add_step
+from llasa_jax.errors import UserError
+from llasa_jax.runtime.settings import text
+
+SMALLEST_SHARD = 1_000_000  # bytes; with less, a model is one file a tensor
+REPOSITORY = text("a repository such as NAME/my-voice", r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def import_hf(args) -> None:
@@ -18,6 +24,8 @@ def import_hf(args) -> None:
 
 
 def export_hf(args) -> None:
+    if args.public and not args.push_to_hub:
+        raise UserError("--public says how to upload; give it with --push-to-hub")
     from llasa_jax.convert.export_hf import export_hf
 
     export_hf(
@@ -32,6 +40,16 @@ def export_hf(args) -> None:
         lora=args.lora,
         base=args.base,
     )
+
+
+def shard_size(words: str) -> int:
+    """Bytes of a size such as 5GB, as an argparse `type`."""
+    from llasa_jax.convert.safetensors_io import parse_size
+
+    size = parse_size(words)
+    if size < SMALLEST_SHARD:
+        raise argparse.ArgumentTypeError(f"must be at least 1MB but is {words}")
+    return size
 
 
 def verify(args) -> None:
@@ -80,13 +98,17 @@ def add_commands(commands) -> None:
         help="of a LoRA run: PEFT's adapter alone, or a whole model",
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", help="start a new safetensors file beyond this size"
+        "--max-shard-size",
+        type=shard_size,
+        default="5GB",
+        help="start a new safetensors file beyond this size",
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare the logits of what was written with ours"
     )
     parser.add_argument(
         "--push-to-hub",
+        type=REPOSITORY,
         metavar="REPO",
         help="upload to this repository on the hub as well; a new one is private",
     )

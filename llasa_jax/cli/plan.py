@@ -1,7 +1,7 @@
 """The command plan."""
 
 from llasa_jax.cli.arguments import add_command, add_config, settings_of
-from llasa_jax.runtime.settings import number
+from llasa_jax.runtime.settings import number, text
 
 
 def plan(args) -> None:
@@ -60,7 +60,11 @@ def add_commands(commands) -> None:
         default="here",
         help="such as v5e:4x4, v5p:2x2x2, h100:8, or `here` for this machine",
     )
-    parser.add_argument("--model", help="1b, 3b, 8b or a model's folder, instead of model.path")
+    parser.add_argument(
+        "--model",
+        type=text("1b, 3b, 8b or a model's folder"),
+        help="1b, 3b, 8b or a model's folder, instead of model.path",
+    )
     parser.add_argument(
         "--rows-per-device", type=number(int, low=1, high=65_536), help="instead of train.rows"
     )

@@ -30,6 +30,7 @@ from llasa_jax.convert.model_folder import (
     base_of,
     open_model,
     params_folder,
+    refuse_base,
 )
 from llasa_jax.convert.names import places
 from llasa_jax.convert.params_io import WORKERS, Reader
@@ -69,6 +70,7 @@ def export_hf(
     model = open_model(source)
     config, origin = model.config, model.origin
     adapters, _ = adapters_of(origin)
+    refuse_base(source, origin, base)
     if adapters is None and lora:
         raise UserError(f"{source} is no LoRA run, so there is no adapter in it; leave --lora out")
     if adapters and lora not in ("adapter", "merge"):

@@ -230,6 +230,7 @@ def load_params(
     """
     config, source = read_description(folder)
     adapters, _ = adapters_of(source)
+    refuse_base(folder, source, base)
     if adapters is None:
         return restore_params(folder, abstract_params(config, mesh, dtype), step)
     folder = Path(folder)
@@ -271,6 +272,12 @@ def base_of(run: Path, base: str | Path | None = None) -> Path:
         assert base is not None  # as `run` is a LoRA run
     check_base(run, Path(base))
     return Path(base)
+
+
+def refuse_base(model: str | Path, origin: dict, base: str | Path | None) -> None:
+    """UserError where a `base` is named for a model that is no LoRA run, and so has none."""
+    if base and "lora" not in origin:
+        raise UserError(f"{model} is no LoRA run, so it has no base; leave --base out")
 
 
 def check_base(run: Path, base: Path) -> None:

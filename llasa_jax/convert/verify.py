@@ -19,6 +19,7 @@ from llasa_jax.convert.model_folder import (
     load_params,
     open_model,
     read_description,
+    refuse_base,
 )
 from llasa_jax.convert.params_io import Reader, Sums
 from llasa_jax.convert.safetensors_io import cast, named_dtype
@@ -97,6 +98,7 @@ def verify(
     hf_dir = Path(hf_dir)
     hf_config = read_json(hf_dir / CONFIG)
     config, source = read_description(our_checkpoint)
+    refuse_base(our_checkpoint, source, base)
     if hf_config.get("vocab_size") != config.vocab_size:
         raise UserError(
             f"{hf_dir} has {hf_config.get('vocab_size')} tokens and {our_checkpoint}"

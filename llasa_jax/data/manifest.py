@@ -184,7 +184,9 @@ def _clips(path: Path, rows: Rows) -> list[Clip]:
 def _mapping(columns: str) -> dict[str, str]:
     """`audio=audio_filepath,text=transcript` as {"audio_filepath": "audio", ...}."""
     pairs = [[part.strip() for part in pair.split("=")] for pair in columns.split(",")]
-    if any(len(pair) != 2 or pair[0] not in FIELDS or not pair[1] for pair in pairs):
+    wrong = any(len(pair) != 2 or pair[0] not in FIELDS or not pair[1] for pair in pairs)
+    # Each of ours once, and each of the file's.
+    if wrong or any(len({*side}) < len(pairs) for side in zip(*pairs, strict=True)):
         raise UserError(
             f"the columns {columns!r} are no map; write audio=KEY,text=KEY with our names before"
             f" the =, which are {', '.join(FIELDS)}."
@@ -210,8 +212,14 @@ def _json_row(
         raise UserError(
             f'{where}: not a JSON object; write {{"audio": "...", "text": "..."}} on each line.'
         )
+    mapped = set(mapping.values())
     # null, or pandas' NaN, says that there is nothing
-    row = {mapping.get(k, k): v for k, v in row.items() if v is not None and v == v}
+    row = {
+        mapping.get(key, key): value
+        for key, value in row.items()
+        # A key of the file that is mapped takes the place of one that has our name already.
+        if value is not None and value == value and (key in mapping or key not in mapped)
+    }
     for key in [key for key in row if key not in FIELDS]:
         near = difflib.get_close_matches(key, FIELDS, 1, cutoff=0.85) if key not in ignored else []
         if near and near[0] not in row:

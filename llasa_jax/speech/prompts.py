@@ -176,17 +176,28 @@ class Prompter:
         `prompt_codes`, a voice to clone.
 
         `prompt_text` is what `prompt_codes` say; the model reads it before `text`, as if both were
-        one sentence. UserError where the prompts are those of another task than tts.
+        one sentence. UserError where the prompts are those of another task than tts, and for a
+        speaker, description or language that they do not mention.
         """
         if self.settings.task != "tts":
             raise UserError(
                 f"this model was trained with prompt.task {self.settings.task}, which does not"
                 " speak; use one trained with tts"
             )
+        settings = self.settings
+        assistant = settings.assistant_with_speaker if speaker else settings.assistant
+        mentioned = fields_of(settings.system + settings.user + assistant)
+        given = {"speaker": speaker, "description": description, "language": language}
+        for field, value in given.items():
+            if value and field not in mentioned:
+                raise UserError(
+                    f"the {field} {value!r:.80} would change nothing: the prompts that the model"
+                    f" was trained with mention no {field}; leave it out"
+                )
         text = join_texts(prompt_text, text)
         codes = np.asarray(prompt_codes, np.uint16)
         tokens, start, _ = self._speech(
-            Utterance(text, codes, speaker=speaker, description=description, language=language)
+            Utterance(text, codes, **given)
         )
         return tokens[: start + 1 + len(codes)]
 

@@ -407,6 +407,8 @@ def test_pickles_and_strangers_are_refused(bases, trained, tmp_path):
         export_hf(trained, tmp_path / "out")
     with pytest.raises(UserError, match="is no LoRA run"):
         export_hf(base, tmp_path / "out", lora="merge")
+    with pytest.raises(UserError, match="is no LoRA run, so it has no base"):
+        export_hf(base, tmp_path / "out", base=tmp_path)
     with pytest.raises(UserError, match="--verify compares whole models"):
         export_hf(trained, tmp_path / "out", lora="adapter", verify=True)
 

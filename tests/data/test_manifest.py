@@ -160,11 +160,20 @@ def test_keys_may_be_mapped(tmp_path):
     refused(path, "no 'audio'")
     columns = "audio=audio_filepath, text=said"
     assert read_manifest(path, columns) == [Clip(tmp_path / "a.wav", "A", "a")]
-    for wrong in ("audio=", "sound=audio", "audio=a,text"):
+    for wrong in ("audio=", "sound=audio", "audio=a,text", "text=a,text=b", "text=a,id=a"):
         with pytest.raises(UserError, match="are no map"):
             read_manifest(path, wrong)
     with pytest.raises(UserError, match="has no keys to map"):
         read_manifest(write(tmp_path / "m.csv", "a|b"), columns)
+
+
+def test_a_mapped_key_takes_the_place_of_one_that_has_our_name(tmp_path):
+    for row in ({"text": "raw", "said": "clean"}, {"said": "clean", "text": "raw"}):
+        path = write(tmp_path / "m.jsonl", {"audio": "a.wav"} | row)
+        assert read_manifest(path, "text=said") == [Clip(tmp_path / "a.wav", "clean", "a")]
+    path = write(tmp_path / "m.jsonl", {"audio": "a.wav", "text": "raw"})
+    with pytest.raises(UserError, match="line 1: no 'text'"):
+        read_manifest(path, "text=said")
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])

@@ -91,6 +91,12 @@ def test_inference_asks_for_what_was_trained(tokenizer):
     assert "In English, calm and low:" in tokenizer.decode(opening)
     with pytest.raises(UserError, match="has no language, which the prompt mentions"):
         prompter.opening("Hello there.", description="calm and low")
+    for field in ("description", "language"):
+        with pytest.raises(UserError, match=f"the {field} 'xx' would change nothing"):
+            Prompter(tokenizer).opening("Hello there.", **{field: "xx"})
+    unnamed = Prompter(tokenizer, PromptSettings(assistant_with_speaker="{codes}"))
+    with pytest.raises(UserError, match="the speaker 'ada' would change nothing"):
+        unnamed.opening("Hello there.", speaker="ada")
 
 
 def test_the_generate_command_passes_them_on(monkeypatch, tmp_path):
