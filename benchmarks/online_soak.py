@@ -38,6 +38,7 @@ if __name__ == "__main__" and "--train" in sys.argv:
 from online import children_of  # noqa: E402
 
 from llasa_jax.encode.sources import ManifestAudio  # noqa: E402
+from llasa_jax.speech.audio import read_audio  # noqa: E402
 
 CLIPS, HANGS_AFTER, STOPS_WITHIN = 80, 180.0, 5.0
 STALL, READER_DIES, THREAD_DIES = 0.04, 0.03, 0.004  # chances a clip, or a batch in the codec
@@ -50,6 +51,15 @@ class FaultyAudio(ManifestAudio):
         super().__init__(manifest)
         self.marks = marks
 
+    def waves(self):
+        return self
+
+    def place(self, index):
+        return index
+
+    def where(self, index):
+        return self.key(index)[0]
+
     def wave(self, index):
         chance, mark = random.random(), self.marks / str(index)
         if chance < STALL:
@@ -58,7 +68,7 @@ class FaultyAudio(ManifestAudio):
         elif chance < STALL + READER_DIES and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().wave(index)
+        return read_audio(self.key(index)[0])
 
 
 def train(config: Path, marks: Path) -> int:

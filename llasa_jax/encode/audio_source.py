@@ -1,6 +1,7 @@
 """What encoding, offline and online, knows of audio with texts, wherever it lies."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -8,9 +9,18 @@ from llasa_jax.errors import UserError
 from llasa_jax.speech.prompts import Utterance
 
 
+class Waves(Protocol):
+    """What reads a source's clips in another process. Picklable, small and quick to import."""
+
+    def wave(self, place: Any) -> np.ndarray:
+        """As `AudioSource.wave`, of the clip at a `place`."""
+
+    def where(self, place: Any) -> str:
+        """The name of the clip, for errors."""
+
+
 class AudioSource:
-    """Clips of audio with their texts, with random access. Picklable, and quick to import: it is
-    sent to every reading process.
+    """Clips of audio with their texts, with random access.
 
     `name` says where it lies, in messages; its last part names its cache where there are several.
     `ids` are unique, `split_names` is each clip's split, and `faults` says of clips that cannot be
@@ -62,8 +72,16 @@ class AudioSource:
         """
         raise NotImplementedError
 
+    def waves(self) -> Waves:
+        """What reading processes are sent once: a process needs neither texts nor other clips."""
+        raise NotImplementedError
+
+    def place(self, index: int) -> Any:
+        """What `waves` needs to read a clip; picklable."""
+        raise NotImplementedError
+
     def wave(self, index: int) -> np.ndarray:
         """Float32 (samples,), mono, 16 kHz. Raises UserError, with the reason, for a clip that
         cannot be used.
         """
-        raise NotImplementedError
+        return self.waves().wave(self.place(index))

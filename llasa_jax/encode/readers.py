@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 
 from llasa_jax.data.bad_list import reason_of
-from llasa_jax.encode.audio_source import AudioSource
+from llasa_jax.encode.audio_source import AudioSource, Waves
 from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import SAMPLE_RATE
 
@@ -37,7 +37,8 @@ class Readers:
     """
 
     def __init__(self, sources: Sequence[AudioSource], count: int, max_seconds: float = math.inf):
-        self._sources, self._context = sources, multiprocessing.get_context("spawn")
+        self._sources, self._waves = sources, [source.waves() for source in sources]
+        self._context = multiprocessing.get_context("spawn")
         self._max_seconds = max_seconds
         self._todo: deque[Key] = deque()
         self._deaths: Counter[Key] = Counter()
@@ -97,7 +98,7 @@ class Readers:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
             target=_read,
-            args=(self._sources, theirs, self._max_seconds),
+            args=(self._waves, theirs, self._max_seconds),
             daemon=True,
             name="llasa-jax reader",
         )
@@ -110,7 +111,8 @@ class Readers:
         while self._todo and self._idle and not self._closed:
             pipe, process = self._idle.pop()
             try:
-                pipe.send(self._todo[0])
+                number, index = self._todo[0]
+                pipe.send((number, self._sources[number].place(index)))
             except OSError:
                 self._replace(process)
                 continue
@@ -150,27 +152,27 @@ def _without_main():
         yield
 
 
-def _read(sources: Sequence[AudioSource], pipe, max_seconds: float) -> None:
+def _read(sources: Sequence[Waves], pipe, max_seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     result: tuple[np.ndarray | None, str] = None, ""  # the first thing that is sent: it has started
     while True:
         try:
             pipe.send(result)
-            source, index = pipe.recv()
+            source, place = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            result = _checked(_wave(sources[source], index, max_seconds)), ""
+            result = _checked(_wave(sources[source], place, max_seconds)), ""
         except Exception as error:  # noqa: BLE001 decoders raise kinds of their own
             result = None, reason_of(error)
 
 
-def _wave(source: AudioSource, index: int, max_seconds: float) -> np.ndarray:
-    wave = source.wave(index)
+def _wave(source: Waves, place: Any, max_seconds: float) -> np.ndarray:
+    wave = source.wave(place)
     if len(wave) > max_seconds * SAMPLE_RATE:
         raise UserError(
-            f"{source.key(index)[0]}: {len(wave) / SAMPLE_RATE:.0f} s long, and the codec's memory"
+            f"{source.where(place)}: {len(wave) / SAMPLE_RATE:.0f} s long, and the codec's memory"
             " grows with the square of that; cut it, or raise max_clip_seconds (it is"
             f" {max_seconds:g})."
         )

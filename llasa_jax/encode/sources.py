@@ -42,8 +42,21 @@ class ManifestAudio(AudioSource):
     def samples(self, index: int) -> int:
         return audio_samples(self._clips[index].audio)
 
-    def wave(self, index: int) -> np.ndarray:
-        return read_audio(self._clips[index].audio)
+    def waves(self) -> "Files":
+        return Files()
+
+    def place(self, index: int) -> Path:
+        return self._clips[index].audio
+
+
+class Files:
+    """Audio in files of its own (see `Waves`). A place is a file's path."""
+
+    def wave(self, place: Path) -> np.ndarray:
+        return read_audio(place)
+
+    def where(self, place: Path) -> str:
+        return str(place)
 
 
 def open_audio(path: str, online: OnlineSettings) -> AudioSource:

@@ -3,6 +3,7 @@ the formats.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -133,16 +134,16 @@ class TableAudio(AudioSource):
         split, row = self._rows[index]
         self.check_text(index, self._tables[split].texts(row, self._texts)["text"])
         where = self._where(index)
-        return self._there(index, self._tables[split].samples(row, self._audio, where))
+        samples = self._tables[split].samples(row, self._audio, where)
+        if samples is None:
+            raise _no_audio(where, self._audio["audio"])
+        return samples
 
-    def wave(self, index: int) -> np.ndarray:
-        split, row = self._rows[index]
-        audio = self._there(index, self._tables[split].audio(row, self._audio))
-        return (
-            as_codec_wave(audio[0], audio[1], self._where(index))
-            if isinstance(audio, tuple)
-            else read_audio(audio, self._where(index))
-        )
+    def waves(self) -> "Rows":
+        return Rows(self.name, self._tables, self._audio)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return self._rows[index]
 
     def check_text(self, index: int, text: str) -> None:
         if not text.strip():
@@ -158,16 +159,35 @@ class TableAudio(AudioSource):
         except UserError:
             return False  # every row will say what is wrong
 
-    def _there(self, index: int, value):
-        if value is None:
-            raise UserError(
-                f"{self._where(index)}: no audio in {self._audio['audio']!r}; leave the row out."
-            )
-        return value
-
     def _where(self, index: int) -> str:
-        split, row = self._rows[index]
-        return f"{self.name}, {split} row {row}"
+        return self.waves().where(self._rows[index])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The audio of tables (see `Waves`), in their columns `audio` and `rate`. A place is a split
+    and the number of a row in it.
+    """
+
+    name: str
+    tables: Mapping[str, Table]
+    columns: dict[str, str]
+
+    def wave(self, place: tuple[str, int]) -> np.ndarray:
+        split, row = place
+        audio, where = self.tables[split].audio(row, self.columns), self.where(place)
+        if audio is None:
+            raise _no_audio(where, self.columns["audio"])
+        if isinstance(audio, tuple):
+            return as_codec_wave(*audio, where)
+        return read_audio(audio, where)
+
+    def where(self, place: tuple[str, int]) -> str:
+        return "{}, {} row {}".format(self.name, *place)
+
+
+def _no_audio(where: str, column: str) -> UserError:
+    return UserError(f"{where}: no audio in {column!r}; leave the row out.")
 
 
 def check_columns(name: str, tables: Mapping[str, Table], columns: dict[str, str]) -> None:

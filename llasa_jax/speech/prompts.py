@@ -197,7 +197,7 @@ class Prompter:
         text = join_texts(prompt_text, text)
         codes = np.asarray(prompt_codes, np.uint16)
         tokens, start, _ = self._speech(
-            Utterance(text, codes, **given)
+            Utterance(text, codes, speaker=speaker, description=description, language=language)
         )
         return tokens[: start + 1 + len(codes)]
 

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sqlite3
@@ -260,6 +261,13 @@ def one_reader(manifest):
 
     yield readers, kill
     readers.close()
+
+
+def test_readers_are_not_sent_the_manifest(manifest):
+    """With texts of a million clips, each process would hold hundreds of MB."""
+    source = ManifestAudio(manifest)
+    assert len(pickle.dumps((source.waves(), source.place(0)))) < 1000
+    np.testing.assert_array_equal(source.waves().wave(source.place(3)), source.wave(3))
 
 
 def test_a_reader_that_dies_as_it_starts_is_no_clips_fault(one_reader):
