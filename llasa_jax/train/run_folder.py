@@ -3,7 +3,8 @@ made.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def claimed(
     the folder holds something else, and (at any time inside) where it cannot be read or written.
     """
     try:
-        _check(run, settings, codec)
+        # The weights of a Hugging Face checkpoint are read for it, so once at most.
+        fingerprint = functools.cache(model_folder.open_model(settings.model.path).fingerprint)
+        _check(run, settings, codec, fingerprint)
         if jax.process_index():
             yield
             return
@@ -53,22 +56,27 @@ def claimed(
                 )
             values = _plain(dataclasses.asdict(settings))
             write_whole(run / SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False))
-            _describe(run, settings, codec, adapters)
+            _describe(run, settings, codec, adapters, fingerprint)
             yield
     except OSError as error:
         raise UserError(explain(error, run)) from error
 
 
 def _describe(
-    run: Path, settings: Settings, codec: dict | None, adapters: AdapterConfig | None
+    run: Path,
+    settings: Settings,
+    codec: dict | None,
+    adapters: AdapterConfig | None,
+    fingerprint: Callable[[], str],
 ) -> None:
     """Makes the folder a model's (see `model_folder`), with the tokenizer and `model.json`."""
     source = Path(settings.model.path)
     model = model_folder.open_model(source)
     model_folder.copy_description(source, run)
     origin = model.origin | {"prompt": dataclasses.asdict(settings.voice)}
-    if not model.is_hf:
-        origin[BEGUN_WITH] = model.fingerprint()
+    # A LoRA run's checkpoints have their base's fingerprint: Hugging Face's would be read twice.
+    if not (adapters and model.is_hf):
+        origin[BEGUN_WITH] = fingerprint()
     if codec:
         origin["codec"] = codec
     if adapters:
@@ -81,7 +89,9 @@ def _describe(
     model_folder.write_description(run, model.config, origin)
 
 
-def _check(run: Path, settings: Settings, codec: dict | None) -> None:
+def _check(
+    run: Path, settings: Settings, codec: dict | None, fingerprint: Callable[[], str]
+) -> None:
     path = run / SETTINGS_FILE
     if path.is_file():
         fix = "restore the file from a copy, or choose another out folder"
@@ -95,7 +105,7 @@ def _check(run: Path, settings: Settings, codec: dict | None) -> None:
                 f" ({', '.join(f'{key} was {value}' for key, value in changed.items())}); set them"
                 " back to go on, or choose another out folder"
             )
-        _check_model(run, settings.model.path, codec or {})
+        _check_model(run, settings.model.path, codec or {}, fingerprint)
     elif run.is_dir() and any(
         entry.name != LOCK_FILE and not is_partial(entry) for entry in run.iterdir()
     ):
@@ -104,7 +114,7 @@ def _check(run: Path, settings: Settings, codec: dict | None) -> None:
         )
 
 
-def _check_model(run: Path, path: str, codec: dict) -> None:
+def _check_model(run: Path, path: str, codec: dict, fingerprint: Callable[[], str]) -> None:
     """UserError where a run that has learned something was begun with another model than the one at
     `path`, a folder or hub id, or with codes of another codec.
     """
@@ -114,13 +124,13 @@ def _check_model(run: Path, path: str, codec: dict) -> None:
         config, origin = model_folder.read_description(run)
     except UserError:
         return  # it is damaged, and written again from the model
-    model = model_folder.open_model(path, weights=False)
+    model = model_folder.open_model(path)
     files = [folder / "tokenizer.json" for folder in (run / model_folder.HF_FOLDER, model.files)]
     same = config == model.config
     if same and all(file.is_file() for file in files):
         same = files[0].read_bytes() == files[1].read_bytes()
-    if same and not model.is_hf:  # a Hugging Face checkpoint would have to be read whole
-        same = origin.get(BEGUN_WITH) in (None, model.fingerprint())
+    if same and BEGUN_WITH in origin:  # older runs have none
+        same = origin[BEGUN_WITH] == fingerprint()
     if not same:
         raise UserError(
             f"the run in {run} was begun with another model than the one in {path}; set"

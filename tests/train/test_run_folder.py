@@ -9,7 +9,9 @@ import os
 import shutil
 
 import pytest
+import torch
 import yaml
+from reference import hf_llama
 from tiny_run import losses, make_clips, make_model, settings_for
 
 from llasa_jax.convert.model_folder import saved_steps
@@ -79,6 +81,23 @@ def test_sources_are_compared_one_by_one(model, tmp_path):
     assert run_folder.changes(before, heavier) == {"data.sources.1.weight": 0.5}
     fewer = settings({"path": "a"})
     assert run_folder.changes(before, fewer) == {"data.sources": "2 entries"}
+
+
+@pytest.mark.slow
+def test_other_weights_under_the_path_of_a_hugging_face_checkpoint(clips, tokenizer, tmp_path):
+    """The run's own checkpoints do not need them, but it was not made from them."""
+    hf = hf_llama(vocab=len(tokenizer))
+    hf.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    settings = settings_for(tmp_path / "hf", tmp_path / "run", train={"steps": 2})
+    train(settings, clips)
+    shutil.copytree(tmp_path / "hf", tmp_path / "copy")
+    train(settings_for(tmp_path / "copy", tmp_path / "run", train={"steps": 2}), clips)
+    with torch.no_grad():
+        hf.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    hf.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="was begun with another model than the one in"):
+        train(settings, clips)
 
 
 def test_other_data_another_model_and_another_codec_are_refused(half, model, clips, tmp_path):
