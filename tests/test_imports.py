@@ -10,6 +10,7 @@ FLOORS = (
     "finetune",
     "inspect plan",
     "train",
+    "evaluate",
     "generate encode",
     "convert data",
     "model codec",
