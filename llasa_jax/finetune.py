@@ -21,9 +21,11 @@ from llasa_jax.inspect.doctor import examine_before_training
 from llasa_jax.model.lora import Adapter
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.plan.memory import out_of_memory_explained
-from llasa_jax.runtime import hosts
+from llasa_jax.runtime import hosts, storage
+from llasa_jax.runtime.copies import keep_copies_in
 from llasa_jax.runtime.files import folder_digest
 from llasa_jax.runtime.signals import StopSignal
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.train import loop, prepare
 from llasa_jax.train.run_folder import flat
 from llasa_jax.train.settings import Settings
@@ -33,6 +35,7 @@ MAY_DIFFER_BETWEEN_HOSTS = (
     *("log.tensorboard", "log.wandb", "mesh.start_timeout", "data.online.device"),
     *("data.online.workers", "data.online.torch_threads", "data.online.read_ahead"),
     *("data.online.queue", "data.online.gpu_memory", "data.online.stall_seconds"),
+    "data.cache_dir",
 )
 
 
@@ -44,6 +47,7 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
     plus its number after a signal.
     """
     with hosts.together():
+        check_buckets(settings)
         join_hosts(settings, stop)
         settings, adapter = begin_with(settings)
         # Sources: opened once, for the checks and for training.
@@ -57,6 +61,30 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
         codec = codec_of(settings.sources, encoder.codec if encoder else None)
         with out_of_memory_explained(settings):
             return loop.run(job, codec, adapter=adapter, encoder=encoder, stop=stop)
+
+
+def check_buckets(settings: Settings) -> None:
+    """UserError where a bucket that the settings name cannot be reached, or written to. Says where
+    copies of what is read from buckets go.
+    """
+    keep_copies_in(settings.data.cache_dir)
+    if settings.out.startswith("s3://"):
+        raise UserError(
+            f"out={settings.out}: checkpoints are written to a folder of this machine or to gs://;"
+            " models, data, caches and exports may be in s3://"
+        )
+    storage.check_writable(settings.out)
+    online = [source for source in settings.sources if source.mode == "online"]
+    if online and settings.data.online.cache:
+        storage.check_writable(settings.data.online.cache)
+    read = {"the model": [settings.model.path], "the adapter": [settings.lora.init]}
+    read["the dataset"] = [source.path for source in settings.sources]
+    read["the codec"] = [settings.data.online.codec] if online else []
+    read["the codec"] += [settings.log.codec] if settings.log.samples else []
+    for what, paths in read.items():
+        for path in filter(None, paths):
+            if not path.startswith("hf://"):  # of the hub, which is asked later
+                storage.check_reachable(path, what)
 
 
 def join_hosts(settings: Settings, stop: StopSignal) -> None:
@@ -87,9 +115,10 @@ def compare_hosts(settings: Settings, records: Sequence[Sequence]) -> None:
     """
     if not hosts.several():
         return
-    hosts.check_shared(Path(settings.out), "out")
-    if settings.data.online.cache:
-        hosts.check_shared(Path(settings.data.online.cache), "data.online.cache")
+    written = {"out": settings.out, "data.online.cache": settings.data.online.cache}
+    for name, folder in written.items():
+        if folder and not storage.is_remote(folder):
+            hosts.check_shared(Path(folder), name)
     facts: dict[str, object] = {
         "the devices of a host": hosts.devices(),
         "the model": folder_digest(open_model(settings.model.path).folder),
@@ -104,9 +133,9 @@ def source_digest(path: str) -> str:
     """Tells a dataset, a manifest or another source by its content, or by its name where it is on
     the hub.
     """
-    if (Path(path) / SEAL).is_file():
+    if (as_path(path) / SEAL).is_file():
         return dataset_fingerprint(path)
-    return folder_digest(Path(path)) if Path(path).exists() else path
+    return folder_digest(as_path(path)) if as_path(path).exists() else path
 
 
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
@@ -116,12 +145,12 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
     Rank, alpha, targets and the like are the adapter's, and need not be given. UserError where they
     are given and differ, and where the run to go on with has lost its base.
     """
-    lora, base, run = settings.lora, Path(settings.model.path), Path(settings.out)
+    lora, base, run = settings.lora, as_path(settings.model.path), as_path(settings.out)
     if saved_steps(run) and lora.rank:
         check_base(run, base)
     if not lora.init:
         return settings, None
-    adapter = open_adapter(Path(lora.init), base)
+    adapter = open_adapter(as_path(lora.init), base)
     config = adapter.config
     tokens = load_tokenizer(base).convert_ids_to_tokens(list(config.rows))
     fixed: dict[str, Any] = {

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +23,7 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parent / 'fixtures'}:{Path(__file__
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from buckets import environment, faults, served  # noqa: E402
 
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer  # noqa: E402
 from llasa_jax.speech.prompts import Prompter  # noqa: E402
@@ -41,12 +43,32 @@ def prompter(tokenizer):
     return Prompter(tokenizer)
 
 
+@pytest.fixture(scope="session")
+def gs_store(tmp_path_factory):
+    """A store for gs:// paths, here and in the processes that tests start."""
+    with served("gs", tmp_path_factory.mktemp("store")) as address:
+        found = environment("gs", address)
+        os.environ.update(found)
+        yield
+        for name in found:
+            del os.environ[name]
+
+
+@pytest.fixture
+def bucket(gs_store, tmp_path, monkeypatch):
+    """A folder of its own in a bucket, and copies of what is read there in `tmp_path`."""
+    monkeypatch.setenv("LLASA_JAX_CACHE", str(tmp_path / "copies"))
+    yield f"gs://bucket/{uuid.uuid4().hex}"
+    faults({})
+
+
 # Files whose tests train, compile for TPUs, start processes or load many models. They have more
 # than 20 seconds of work each, and `make check` leaves them out. Single tests elsewhere are marked
 # where they stand.
 SLOW = {
     "codec/test_codec.py",
     "codec/test_codec_original.py",
+    "convert/test_buckets.py",
     "convert/test_convert.py",
     "convert/test_convert_programs.py",
     "convert/test_convert_speech.py",
@@ -69,6 +91,7 @@ SLOW = {
     "speech/test_audio_files.py",
     "test_end_to_end.py",
     "test_upstream.py",
+    "train/test_buckets.py",
     "train/test_checkpoint.py",
     "train/test_crash.py",
     "train/test_finetune.py",

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.runtime.settings import DEVICE, MAX_SEED, number, text
+from llasa_jax.runtime.storage import as_path
 
 # Both are owned elsewhere (llasa_jax.codec, llasa_jax.data.importing). They are repeated here
 # because importing their owners would slow `--help` down; tests/cli/test_cli.py compares them.
@@ -127,11 +127,13 @@ def load_tokenizer(name: str):
     """The tokenizer of a hub id, a Hugging Face folder, or one of our models' or runs' folders."""
     from transformers import AutoTokenizer
 
+    from llasa_jax.convert.hf_files import small_files
     from llasa_jax.convert.model_folder import HF_FOLDER
 
-    inside = Path(name) / HF_FOLDER
+    inside = as_path(name) / HF_FOLDER
+    folder = inside if inside.is_dir() else as_path(name)
     try:
-        return AutoTokenizer.from_pretrained(inside if inside.is_dir() else name)
+        return AutoTokenizer.from_pretrained(small_files(folder))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no tokenizer can be loaded from it ({first_line(error)}); give a folder or a"

@@ -1,7 +1,6 @@
 """Commands that make datasets: encode, import-memmap, import-codes, import-hf-dataset."""
 
 import argparse
-from pathlib import Path
 
 from llasa_jax.cli.arguments import (
     NAME,
@@ -14,6 +13,7 @@ from llasa_jax.cli.arguments import (
     load_tokenizer,
 )
 from llasa_jax.runtime.settings import number
+from llasa_jax.runtime.storage import as_path
 
 
 def encode(args) -> None:
@@ -92,10 +92,10 @@ def add_commands(commands) -> None:
         "Encode speech to codes: a manifest of audio and text becomes a TFDS dataset.",
     )
     parser.add_argument(
-        "--manifest", type=Path, required=True, help="a JSONL file, or lines of id|text"
+        "--manifest", type=as_path, required=True, help="a JSONL file, or lines of id|text"
     )
     _add_columns(parser, "audio=KEY,text=KEY of a JSONL file")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for the dataset")
+    parser.add_argument("--out", type=as_path, required=True, help="a new folder for the dataset")
     add_codec(parser)
     add_device(parser)
     add_validation(parser)
@@ -132,7 +132,7 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("folder", help="where the codes are")
     parser.add_argument(
-        "transcripts", type=Path, help="lines of id|text, or a .jsonl file with id and text"
+        "transcripts", type=as_path, help="lines of id|text, or a .jsonl file with id and text"
     )
     _add_columns(parser, "id=KEY,text=KEY of a JSONL file")
     _add_import_options(parser)
@@ -175,7 +175,7 @@ def _add_columns(parser: argparse.ArgumentParser, mapping: str) -> None:
 
 
 def _add_import_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, help="a new folder for the dataset")
+    parser.add_argument("out", type=as_path, help="a new folder for the dataset")
     parser.add_argument(
         "--codec-name",
         type=NAME,

@@ -11,6 +11,7 @@ from llasa_jax.cli.arguments import (
     settings_of,
 )
 from llasa_jax.runtime.settings import number, text
+from llasa_jax.runtime.storage import as_path
 
 
 def doctor(args) -> int:
@@ -87,8 +88,10 @@ def add_commands(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
     parser = add_command(commands, "report", report, "Write a page of pictures about a dataset.")
-    parser.add_argument("dataset", type=Path, help="a folder that `encode` or an import made")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument("dataset", type=as_path, help="a folder that `encode` or an import made")
+    parser.add_argument(
+        "--out", type=as_path, default=Path("report.html"), help="the page to write"
+    )
     parser.add_argument(
         "--tokenizer",
         type=text("a folder or a hub id"),

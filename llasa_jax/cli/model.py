@@ -1,11 +1,11 @@
 """Commands that convert and compare models: import-hf, export-hf, verify."""
 
 import argparse
-from pathlib import Path
 
 from llasa_jax.cli.arguments import DTYPES, SEED, add_base, add_command, add_step
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import text
+from llasa_jax.runtime.storage import as_path
 
 SMALLEST_SHARD = 1_000_000  # bytes; with less, a model is one file a tensor
 REPOSITORY = text("a repository such as NAME/my-voice", r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -66,7 +66,7 @@ def add_commands(commands) -> None:
         "Bring a Hugging Face Llama or Llasa checkpoint into our format.",
     )
     parser.add_argument("source", help="a local folder or a hub id, such as HKUSTAudio/Llasa-1B")
-    parser.add_argument("destination", type=Path, help="a new folder for the model")
+    parser.add_argument("destination", type=as_path, help="a new folder for the model")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -85,8 +85,8 @@ def add_commands(commands) -> None:
         export_hf,
         "Write a model or a training run as a Hugging Face checkpoint.",
     )
-    parser.add_argument("source", type=Path, help="a model's or a run's folder")
-    parser.add_argument("destination", type=Path, help="a new folder for the checkpoint")
+    parser.add_argument("source", type=as_path, help="a model's or a run's folder")
+    parser.add_argument("destination", type=as_path, help="a new folder for the checkpoint")
     add_step(parser)
     add_base(parser)
     parser.add_argument(
@@ -123,7 +123,7 @@ def add_commands(commands) -> None:
         "Compare the tensors and the logits of a Hugging Face checkpoint with those of one of our"
         " models.",
     )
-    parser.add_argument("hf", type=Path, help="the Hugging Face checkpoint's folder")
-    parser.add_argument("model", type=Path, help="a model's or a run's folder")
+    parser.add_argument("hf", type=as_path, help="the Hugging Face checkpoint's folder")
+    parser.add_argument("model", type=as_path, help="a model's or a run's folder")
     add_step(parser)
     add_base(parser)

@@ -1,10 +1,9 @@
 """The command generate."""
 
-from pathlib import Path
-
 from llasa_jax.cli.arguments import SEED, add_base, add_codec, add_command, add_device, add_step
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import number, text
+from llasa_jax.runtime.storage import as_path
 
 LINE = text("one line of text", r"[^\x00-\x1f\x7f]*")
 
@@ -56,12 +55,14 @@ def add_commands(commands) -> None:
     )
     parser.add_argument(
         "--model",
-        type=Path,
+        type=as_path,
         required=True,
         help="a model's or a run's folder, a Hugging Face checkpoint's, or its hub id",
     )
     parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--out", action="append", type=Path, required=True, help="the wav to write")
+    parser.add_argument(
+        "--out", action="append", type=as_path, required=True, help="the wav to write"
+    )
     parser.add_argument(
         "--adapter",
         action="append",
@@ -80,7 +81,9 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--language", type=LINE, default="", help="where the model was trained with named languages"
     )
-    parser.add_argument("--prompt-audio", type=Path, help="a voice to clone; needs --prompt-text")
+    parser.add_argument(
+        "--prompt-audio", type=as_path, help="a voice to clone; needs --prompt-text"
+    )
     parser.add_argument("--prompt-text", help="what the prompt audio says")
     parser.add_argument(
         "--temperature",

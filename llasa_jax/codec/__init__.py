@@ -8,6 +8,8 @@ from llasa_jax.codec.original import load_original
 from llasa_jax.codec.xcodec2 import MAX_BATCH_SAMPLES, Xcodec2Codec, load_xcodec2
 from llasa_jax.codec.xcodec2_jax import Precision, devices_named, load_jax
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.copies import local_copy
+from llasa_jax.runtime.storage import is_remote
 
 __all__ = ["DEFAULT_CODEC", "HOP", "MAX_BATCH_SAMPLES", "Codec", "Xcodec2Codec", "load_codec"]
 
@@ -31,7 +33,9 @@ def load_codec(
     from safetensors import SafetensorError
     from transformers import PreTrainedConfig
 
-    name = str(name)
+    name = str(name).removeprefix("hf://")
+    folder = local_copy(name) if is_remote(name) else None
+    name = str(folder or name)
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(

@@ -34,11 +34,14 @@ from llasa_jax.convert.model_folder import (
 )
 from llasa_jax.convert.names import places
 from llasa_jax.convert.params_io import WORKERS, Reader
+from llasa_jax.convert.peft_adapter import CONFIG as ADAPTER_CONFIG
 from llasa_jax.convert.peft_adapter import base_name, open_adapter, write_adapter
 from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, named_dtype, parse_size
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.files import new_folder
+from llasa_jax.runtime.storage import absolute, as_path
 
 
 def export_hf(
@@ -66,7 +69,7 @@ def export_hf(
     A LoRA run is written as PEFT's "adapter", or with its base: "merge" adds the two in float32,
     before they are rounded. `base` says where its base lies now, by default where it lay.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = as_path(source), as_path(destination)
     model = open_model(source)
     config, origin = model.config, model.origin
     adapters, _ = adapters_of(origin)
@@ -97,7 +100,7 @@ def export_hf(
     dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
     needs = sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items())
     limit = parse_size(max_shard_size)
-    with new_folder(destination, needs) as partial:
+    with new_folder(destination, needs, last=CONFIG) as partial:
         writer = SafetensorsWriter(partial, shapes, dtypes, limit)
         with (
             writer,
@@ -127,7 +130,7 @@ def export_hf(
         trained = int(where.parent.name) if where.parent.parent.name == CHECKPOINTS else None
         (partial / CARD).write_text(
             model_card(
-                source, origin, push_to_hub or destination.absolute().name, trained, speaks(tokens)
+                source, origin, push_to_hub or absolute(destination).name, trained, speaks(tokens)
             )
         )
         if verify:
@@ -183,7 +186,7 @@ def _export_adapter(
     run: Model, destination: Path, step: int, dtype: str | None, base: str | Path | None
 ) -> None:
     base = base_of(run.folder, base)
-    with new_folder(destination) as partial:
+    with new_folder(destination, last=ADAPTER_CONFIG) as partial:
         stored = named_dtype(dtype or "float32")
         adapter = open_adapter(run.folder, base, step)
         write_adapter(partial, adapter, run.config, base_name(base), stored)
@@ -191,7 +194,7 @@ def _export_adapter(
         card = model_card(
             run.folder,
             run.origin | {"library_name": "peft"},
-            destination.absolute().name,
+            absolute(destination).name,
             step,
             speaks(vocabulary(partial)),
         )
@@ -218,7 +221,9 @@ def _push(folder: Path, repo: str, public: bool) -> None:
         # Private unless asked otherwise: what is published may be somebody's voice.
         api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(
-            folder_path=str(folder), repo_id=repo, commit_message="Exported by llasa-jax"
+            folder_path=str(local_copy(folder)),
+            repo_id=repo,
+            commit_message="Exported by llasa-jax",
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)

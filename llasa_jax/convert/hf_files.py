@@ -13,7 +13,9 @@ import yaml
 
 from llasa_jax.convert.safetensors_io import INDEX
 from llasa_jax.errors import UserError, first_line
-from llasa_jax.runtime import files
+from llasa_jax.runtime import files, storage
+from llasa_jax.runtime.copies import local_copy
+from llasa_jax.runtime.storage import as_path, is_remote
 from llasa_jax.speech.vocab import MARKERS, SPEECH_GENERATION
 
 if TYPE_CHECKING:
@@ -56,6 +58,11 @@ def locate(source: str | Path, weights: bool = True) -> tuple[Path, str]:
     """The folder of a checkpoint, downloaded if `source` is a hub id (without its weights where
     they are not wanted), and the name to know it by: never a path of this machine.
     """
+    if str(source).startswith("hf://"):
+        source = str(source).removeprefix("hf://").strip("/")
+    elif is_remote(source):
+        storage.check_reachable(source, "the model")
+        return as_path(source), as_path(source).name
     path = Path(source)
     if path.is_dir():
         cached = [part for part in path.absolute().parts if part.startswith("models--")]
@@ -83,6 +90,18 @@ def locate(source: str | Path, weights: bool = True) -> tuple[Path, str]:
             f"{source} holds no model: it is no folder here and cannot be downloaded ({reason});"
             " check name and network, and log in where the model is gated"
         ) from error
+
+
+def small_files(folder: Path) -> Path:
+    """A folder of this machine with a checkpoint's files other than weights, for the libraries that
+    read them: `folder` itself, or a copy of what lies in a bucket.
+    """
+
+    def wanted(name: str) -> bool:
+        parent, _, last = name.rpartition("/")
+        return parent in ("", MORE_TEMPLATES) and bool(KEPT.fullmatch(last))
+
+    return local_copy(folder, wanted=wanted)
 
 
 def copy_small_files(source: Path, destination: Path, names: Sequence[str] | None = None) -> None:

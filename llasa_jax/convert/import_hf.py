@@ -19,13 +19,14 @@ from llasa_jax.convert.hf_files import (
     load_tokenizer,
     locate,
     read_json,
+    small_files,
     speaks,
     vocabulary,
     write_generation_config,
     write_json,
 )
 from llasa_jax.convert.load_hf import HfReader
-from llasa_jax.convert.model_folder import HF_FOLDER, PARAMS, write_description
+from llasa_jax.convert.model_folder import HF_FOLDER, MODEL_FILE, PARAMS, write_description
 from llasa_jax.convert.names import EMBED, HEAD, Place, our_shapes
 from llasa_jax.convert.params_io import ParamsWriter
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast, fault, named_dtype
@@ -54,14 +55,15 @@ def import_hf(
     the model's size. Raises UserError for what is no such checkpoint; then nothing is left behind.
     Warns of a NaN in a weight, and of a head beside a tied embedding that differs from it.
     """
-    folder, name = locate(str(source))
+    folder, name = locate(source)
+    files = small_files(folder)
     config = model_config(read_json(folder / CONFIG), folder / CONFIG)
     source_reader = HfReader(folder, config)
     checkpoint, table = source_reader.checkpoint, source_reader.table
-    tokens = vocabulary(folder)
+    tokens = vocabulary(files)
     old_vocab = config.vocab_size
     if extend_vocab:
-        config, tokenizer = _extended(config, tokens, folder)
+        config, tokenizer = _extended(config, tokens, files)
     elif not tokens:
         warnings.warn(
             f"{folder} has no tokenizer, so the model can neither be trained nor speak; add its"
@@ -81,8 +83,8 @@ def import_hf(
     needs = sum(
         int(np.prod(shape)) * dtypes[path].itemsize for path, shape in our_shapes(config).items()
     )
-    with new_folder(destination, needs) as partial:
-        copy_small_files(folder, partial / HF_FOLDER)
+    with new_folder(destination, needs, last=MODEL_FILE) as partial:
+        copy_small_files(files, partial / HF_FOLDER)
         if extend_vocab:
             _write_extended(partial / HF_FOLDER, tokenizer)
         # Each thread reads layers into memory of its own, again and again: fresh pages take as long
@@ -120,7 +122,7 @@ def import_hf(
         write_description(
             partial,
             config,
-            {"base_model": name, **licence(folder), **source_reader.original_dtypes()},
+            {"base_model": name, **licence(files), **source_reader.original_dtypes()},
         )
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from llasa_jax.codec import DEFAULT_CODEC
 from llasa_jax.runtime.files import read_yaml
+from llasa_jax.runtime.storage import is_remote
 from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.speech.vocab import SPEECH_GENERATION, TEXT_UNDERSTANDING
 
@@ -100,13 +101,14 @@ def _without_folders(value):
 def _is_path(text: str) -> bool:
     if "/" not in text or "{" in text or len(text) > 1000:
         return False
-    return text.startswith(("/", "~", "./", "../")) or Path(text).exists()
+    return is_remote(text) or text.startswith(("/", "~", "./", "../")) or Path(text).exists()
 
 
 def _last_numbers(path: Path, step: int) -> dict[str, float]:
     """The losses and accuracies that were last written up to `step`."""
     last: dict[str, float] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             numbers = json.loads(line)
         except ValueError:

@@ -47,30 +47,34 @@ from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization, Rop
 from llasa_jax.model.lora import join, split
 from llasa_jax.model.quantize import Quantized, quantize_stack
 from llasa_jax.model.sharding import abstract_params
+from llasa_jax.runtime import storage
 from llasa_jax.runtime.files import read_json, write_whole
+from llasa_jax.runtime.storage import as_path, is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_FILE, HF_FOLDER, PARAMS, CHECKPOINTS = "model.json", "hf", "params", "checkpoints"
 CHUNK_BYTES = 64 << 20
+COMMIT = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be read. `files` is the folder of its config.json and tokenizer, `origin`
-    says where the weights came from: at least `base_model`, HF's id or the name of the start.
+    """A model that can be read. `origin` says where the weights came from: at least `base_model`,
+    HF's id or the name of the start. `is_hf` says whether this is a Hugging Face checkpoint, with
+    its own weights files.
     """
 
     folder: Path
     config: ModelConfig
     origin: dict
-    files: Path
+    is_hf: bool
 
     @property
-    def is_hf(self) -> bool:
-        """Whether this is a Hugging Face checkpoint, with its own weights files."""
-        return self.files == self.folder
+    def files(self) -> Path:
+        """The folder of its config.json and tokenizer, on this machine."""
+        return hf_files.small_files(self.folder if self.is_hf else self.folder / HF_FOLDER)
 
     def reader(self, step: int | None = None) -> ParamsReader | HfReader:
         """Its weights, those of a run at `step` (the latest by default). UserError where there are
@@ -97,7 +101,7 @@ def open_model(model: str | Path, weights: bool = True) -> Model:
     folder, name = hf_files.locate(model, weights)
     path = folder / MODEL_FILE
     if path.is_file():
-        return Model(folder, *_description(path), folder / HF_FOLDER)
+        return Model(folder, *_description(path), is_hf=False)
     if not (folder / hf_files.CONFIG).is_file():
         raise UserError(
             f"{folder} holds no model: it has no {MODEL_FILE}, as a model of ours or a run, and no"
@@ -105,10 +109,10 @@ def open_model(model: str | Path, weights: bool = True) -> Model:
         )
     path = folder / hf_files.CONFIG
     config = model_config(hf_files.read_json(path), path)
-    origin = {"base_model": name, **hf_files.licence(folder)}
+    origin = {"base_model": name, **hf_files.licence(hf_files.small_files(folder))}
     if weights:
         origin |= HfReader(folder, config).original_dtypes()
-    return Model(folder, config, origin, folder)
+    return Model(folder, config, origin, is_hf=True)
 
 
 def _description(path: Path) -> tuple[ModelConfig, dict]:
@@ -156,12 +160,26 @@ def copy_description(source: str | Path, destination: Path) -> None:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps with a finished checkpoint in a run's folder, ascending. Orbax renames a checkpoint to
-    its number when it is whole.
+    its number when it is whole; in a bucket it writes `commit_success.txt` as the last file.
     """
-    checkpoints = Path(folder) / CHECKPOINTS
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    checkpoints = as_path(folder) / CHECKPOINTS
+    if is_remote(checkpoints):
+        names = [step for step, contents in remote_steps(checkpoints).items() if COMMIT in contents]
+    else:
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     # Not 06, which somebody else has made.
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def remote_steps(checkpoints: Path) -> dict[str, set[str]]:
+    """The steps in a bucket's folder of checkpoints, whole or not, by name, each with the names of
+    what is directly in it.
+    """
+    steps: dict[str, set[str]] = {}
+    for name in storage.entries(checkpoints):
+        step, _, rest = name.partition("/")
+        steps.setdefault(step, set()).add(rest.partition("/")[0])
+    return steps
 
 
 def read_about(folder: Path, step: int | str) -> dict:
@@ -184,7 +202,7 @@ def adapters_of(source: dict) -> tuple[AdapterConfig | None, Path | None]:
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values
         }
-        return AdapterConfig(**fields), Path(source["lora"]["base"])
+        return AdapterConfig(**fields), as_path(source["lora"]["base"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the adapters in a LoRA run's {MODEL_FILE} are damaged ({first_line(error)}); give"
@@ -203,7 +221,7 @@ def params_folder(folder: Path, step: int | None = None) -> Path:
     """Where the weights lie: `params/` of a model, or those of a run's step (the latest by
     default).
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if (folder / PARAMS).is_dir() and step is None:
         return folder / PARAMS
     steps = saved_steps(folder)
@@ -233,7 +251,7 @@ def load_params(
     refuse_base(folder, source, base)
     if adapters is None:
         return restore_params(folder, abstract_params(config, mesh, dtype), step)
-    folder = Path(folder)
+    folder = as_path(folder)
     trained = load_trained(folder, mesh, dtype, step)
     return join(load_base(folder, mesh, dtype, step, base), trained)
 
@@ -270,8 +288,8 @@ def base_of(run: Path, base: str | Path | None = None) -> Path:
     if not base:
         _, base = adapters_of(read_description(run)[1])
         assert base is not None  # as `run` is a LoRA run
-    check_base(run, Path(base))
-    return Path(base)
+    check_base(run, as_path(base))
+    return as_path(base)
 
 
 def refuse_base(model: str | Path, origin: dict, base: str | Path | None) -> None:
@@ -293,7 +311,7 @@ def check_fingerprint(run: Path, step: int | str, base: Path, found: str) -> Non
     """UserError where a checkpoint of the LoRA run `run` was made with another base than that of
     the fingerprint `found`.
     """
-    made_with = read_about(Path(run), step).get("fingerprint", found)
+    made_with = read_about(as_path(run), step).get("fingerprint", found)
     if made_with != found:
         raise UserError(
             f"{run} holds adapters for another model than the one that is in {base} now"
@@ -354,7 +372,7 @@ def load_tokenizer(model: str | Path) -> "PreTrainedTokenizerBase":
     """
     folder, _ = hf_files.locate(model, weights=False)
     files = folder / HF_FOLDER if (folder / HF_FOLDER).is_dir() else folder
-    tokenizer = hf_files.load_tokenizer(files)
+    tokenizer = hf_files.load_tokenizer(hf_files.small_files(files))
     if tokenizer is None:
         raise UserError(
             f"{model} holds no tokenizer ({files / hf_files.TOKENIZER_CONFIG} is missing); add"

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.quantize import Quantized
 from llasa_jax.runtime.files import is_full, read_json
 from llasa_jax.runtime.library_path import library_path
+from llasa_jax.runtime.storage import absolute, key_value_store, reaching
 
 ABOUT, CHECKSUMS = "about", "checksums.json"
 D_CHUNKS = 8  # the devices of one host: the usual size of the `fsdp` axis, which D is split over
@@ -98,7 +99,7 @@ class ParamsWriter:
     def _create(self, path: str) -> ts.TensorStore:
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{self._folder}/{path}/"},
+            "kvstore": key_value_store(f"{self._folder}/{path}"),
             "metadata": {"chunks": self._chunks(path), "compressor": None},
             "store_data_equal_to_fill_value": True,
         }
@@ -162,7 +163,7 @@ class ParamsReader:
     """
 
     def __init__(self, where: Path, shapes: Mapping[str, tuple[int, ...]]):
-        self.where = Path(where).absolute()
+        self.where = absolute(where)
         metadata = self.where / "_METADATA"
         if not metadata.is_file():
             raise UserError(
@@ -176,9 +177,9 @@ class ParamsReader:
         self._folder = self._alias.__enter__()
         self._expected, self._arrays = recorded_checksums(self.where), {}
         for path, shape in shapes.items():
-            kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._folder}/{path}/"}
+            kvstore = key_value_store(f"{self._folder}/{path}")
             if layout["use_ocdbt"]:
-                base = {"driver": "file", "path": f"{self._folder}/"}
+                base = key_value_store(self._folder)
                 kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
             spec = {
                 "driver": "zarr3" if layout["use_zarr3"] else "zarr",
@@ -186,7 +187,8 @@ class ParamsReader:
                 "fill_missing_data_reads": False,  # a lost chunk must not read as zeros
             }
             try:
-                array = ts.open(spec, open=True, read=True).result()
+                with reaching(self.where):
+                    array = ts.open(spec, open=True, read=True).result()
             except ValueError as error:
                 raise UserError(
                     f"{where} holds no readable {path} ({first_line(error)}); use another"
@@ -247,7 +249,8 @@ class ParamsReader:
 
     def _result(self, path: str, read: ts.Future) -> np.ndarray:
         try:
-            return read.result()
+            with reaching(self.where):
+                return read.result()
         except ValueError as error:
             raise UserError(
                 f"{self.where}: {path} is damaged ({first_line(error)}); use another checkpoint"

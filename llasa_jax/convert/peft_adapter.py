@@ -41,6 +41,7 @@ from llasa_jax.model.config import AdapterConfig, ModelConfig
 from llasa_jax.model.lora import MODULES, Adapter, split
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.runtime import files
+from llasa_jax.runtime.storage import as_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -50,7 +51,7 @@ def base_name(model: str | Path) -> str:
     """What an adapter's config calls a model: HF's id or path of what was imported, or the name of
     the run.
     """
-    model = Path(model)
+    model = as_path(model)
     is_run = (model / CHECKPOINTS).is_dir()
     return model.name if is_run else open_model(model, weights=False).origin.get("base_model", "")
 
@@ -62,7 +63,7 @@ def open_adapter(folder: Path, base: str | Path, step: int | None = None) -> Ada
     UserError where it was made for another base, by name, shape or fingerprint, and for what is no
     LoRA adapter or asks for what is not done here.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     model = open_model(base)
     if not (folder / MODEL_FILE).is_file():
         return _read(folder, model, base_name(base))
@@ -78,7 +79,7 @@ def open_adapter(folder: Path, base: str | Path, step: int | None = None) -> Ada
             " another geometry; use them with their own base"
         )
     step = int(params_folder(folder, step).parent.name)
-    check_fingerprint(folder, step, Path(base), model.fingerprint())
+    check_fingerprint(folder, step, as_path(base), model.fingerprint())
     mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
     params = jax.device_get(load_trained(folder, mesh, np.float32, step))
     return Adapter(adapters, params, origin.get("prompt"))
@@ -94,7 +95,7 @@ def open_adapters(folders: Sequence[str], base: Path, texts: int) -> list[Adapte
             " each ('' is none)"
         )
     opened = {
-        folder: open_adapter(Path(folder), base) for folder in dict.fromkeys(folders) if folder
+        folder: open_adapter(as_path(folder), base) for folder in dict.fromkeys(folders) if folder
     }
     return [
         opened.get(folder)

@@ -27,6 +27,8 @@ from llasa_jax.errors import UserError, first_line, listed
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.sharding import make_mesh
+from llasa_jax.runtime.copies import local_copy
+from llasa_jax.runtime.storage import as_path
 
 ROWS, LENGTH = 2, 64
 # In float32, sums in another order differ by about 1e-6 of the logits, layer on layer.
@@ -95,7 +97,7 @@ def verify(
     conversion, not of rounding. Takes 4 bytes a weight for transformers, then again for us, one
     after the other. UserError where the two are of different sizes.
     """
-    hf_dir = Path(hf_dir)
+    hf_dir = as_path(hf_dir)
     hf_config = read_json(hf_dir / CONFIG)
     config, source = read_description(our_checkpoint)
     refuse_base(our_checkpoint, source, base)
@@ -178,7 +180,7 @@ def _hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
+            local_copy(folder), dtype=torch.float32, use_safetensors=True
         ).eval()
     except (OSError, ValueError) as error:
         raise UserError(

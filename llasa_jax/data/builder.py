@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 
 from llasa_jax.data.seal import SEAL, TEXTS, RecordDigest, check_new, read_seal
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.files import new_folder, read_json
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.vocab import NUM_CODES
 
 RECORDS_A_FILE = 8_000
@@ -115,10 +118,10 @@ def write_dataset(
     `out` is there already, a split is empty, two records of a split share an id, or a record has no
     text, no codes, or codes outside 0..65,535.
     """
-    out = Path(out)
+    out = as_path(out)
     check_new(out)
     digest, fault = RecordDigest(), None
-    with new_folder(out) as building:
+    with new_folder(out, last=SEAL) as building:
         try:
             builder = LlasaSpeech(
                 splits={split: digest.of(split, rows) for split, rows in splits.items()},
@@ -176,7 +179,7 @@ def dataset_fingerprint(folder: str | os.PathLike) -> str:
     Read from what `write_dataset` kept, without looking at the records; of a dataset that lacks it,
     made from all records. Raises `UserError` as `open_dataset` does.
     """
-    known = read_seal(Path(folder)).get("records")
+    known = read_seal(as_path(folder)).get("records")
     if known:
         return str(known)
     digest = RecordDigest()
@@ -259,8 +262,8 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
     Raises `UserError` if the folder is no such dataset, has no such split, or the split is empty or
     lacks one of its files.
     """
-    folder = Path(folder)
-    builder = _builder(folder)
+    folder = as_path(folder)
+    builder = _builder(folder, split)
     info = builder.info
     if split not in info.splits:
         raise UserError(f"{folder}: no split {split!r}; it has {', '.join(sorted(info.splits))}.")
@@ -280,14 +283,14 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
 
 def split_sizes(folder: str | os.PathLike) -> dict[str, int]:
     """How many records each split has. Raises `UserError` if the folder is no such dataset."""
-    return {name: s.num_examples for name, s in _builder(Path(folder)).info.splits.items()}
+    return {name: s.num_examples for name, s in _builder(as_path(folder)).info.splits.items()}
 
 
 def read_metadata(folder: str | os.PathLike) -> dict:
     """The `metadata` that `write_dataset` was given. Raises `UserError` if the folder is no such
     dataset.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     described = {}
     for name in ("dataset_info.json", "features.json", "metadata.json"):
         if not (folder / name).is_file():
@@ -307,11 +310,20 @@ def read_metadata(folder: str | os.PathLike) -> dict:
     return described["metadata.json"]
 
 
-def _builder(folder: Path):
-    """TFDS's builder of a dataset's folder. Raises `UserError` where that is none, or damaged."""
+def _builder(folder: Path, split: str = ""):
+    """TFDS's builder of a dataset's folder. Raises `UserError` where that is none, or damaged.
+
+    Of a bucket it is one of the local copy, which has the record files of `split` only.
+    """
     read_metadata(folder)
+    records = re.compile(rf"llasa_speech-{re.escape(split)}\.array_record-.*") if split else None
+
+    def wanted(name: str) -> bool:
+        return not name.count(".array_record-") or bool(records and records.fullmatch(name))
+
+    local = local_copy(folder, wanted)
     try:
-        return tfds.builder_from_directory(folder)
+        return tfds.builder_from_directory(local)
     except Exception as error:  # noqa: BLE001 of whatever is wrong in its files
         raise UserError(
             f"{folder}: damaged, TFDS cannot open it ({first_line(error)}); copy the whole folder"

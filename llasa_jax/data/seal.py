@@ -13,7 +13,10 @@ import numpy as np
 
 from llasa_jax.data.bad_list import as_text
 from llasa_jax.errors import UserError
+from llasa_jax.runtime import storage
+from llasa_jax.runtime.claims import CLAIMS
 from llasa_jax.runtime.files import explain, read_json
+from llasa_jax.runtime.storage import is_remote
 
 TEXTS = ("id", "text", "speaker", "description", "language")
 SEAL = "seal.json"
@@ -108,11 +111,14 @@ def check_new(out: Path) -> None:
     """
     if not _is_free(out):
         raise UserError(f"{out}: already exists; give another folder, or delete it first.")
-    if as_text(os.path.abspath(out)) != os.path.abspath(out):
+    if not is_remote(out) and as_text(os.path.abspath(out)) != os.path.abspath(out):
         raise UserError(f"{as_text(out)}: is not a name in UTF-8; give another folder.")
 
 
 def _is_free(out: Path) -> bool:
+    if is_remote(out):
+        # What a process that was killed as it put the dataset up has left is free (see `files`).
+        return not storage.entries(out) or (out / CLAIMS).is_dir()
     try:
         return not (os.path.lexists(out)) or (out.is_dir() and not any(out.iterdir()))
     except OSError as error:
@@ -122,6 +128,6 @@ def _is_free(out: Path) -> bool:
 def read_seal(folder: Path) -> dict:
     """What `write_dataset` kept beside the records, {} where there is nothing."""
     path = folder / SEAL
-    if not os.path.lexists(path):
+    if not (path.is_file() if is_remote(path) else os.path.lexists(path)):
         return {}
     return read_json(path, "the dataset's seal", fix="copy the whole folder again.")

@@ -81,6 +81,9 @@ class DataSettings:
     """Parts that the data is cut into, each planned by the hosts that need it; together they give
     the same batches on any number of hosts. Must divide train.rows, and is kept by a run; 0 means
     one for every 16 rows. More streams spread the reading over more hosts."""
+    cache_dir: str = setting("", path=True, resume=True)
+    """Folder of this machine for copies of what is read from buckets, shared by its processes;
+    empty, $LLASA_JAX_CACHE or ~/.cache/llasa-jax. It may be deleted between runs."""
     doctor: Literal["stop", "warn", "off"] = setting("stop", resume=True)
     """What a bad finding of the quick look at the records before training does."""
     online: OnlineSettings = group(OnlineSettings)

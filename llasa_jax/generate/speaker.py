@@ -28,6 +28,7 @@ from llasa_jax.model.llama import Llama
 from llasa_jax.model.lora import Adapter, join, put_on_devices, side_by_side
 from llasa_jax.model.sharding import abstract_params, make_mesh
 from llasa_jax.runtime.files import new_file
+from llasa_jax.runtime.storage import as_path, check_writable, is_remote
 from llasa_jax.speech.audio import read_audio, write_audio
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.speech.settings import PromptSettings
@@ -134,9 +135,9 @@ def generate(
     """
     sampling = sampling or SamplingSettings()
     for line in lines:
-        _check_request(Path(line.out), prompt_audio, prompt_text, max_seconds)
+        _check_request(as_path(line.out), prompt_audio, prompt_text, max_seconds)
     _check_names({"speaker": speaker, "description": description, "language": language})
-    outs = [os.path.realpath(line.out) for line in lines]
+    outs = [str(line.out) if is_remote(line.out) else os.path.realpath(line.out) for line in lines]
     if twice := {out for out in outs if outs.count(out) > 1}:
         raise UserError(f"{min(twice)} is given twice as the file to write; give each text its own")
     wave = None if prompt_audio is None else read_audio(prompt_audio)
@@ -181,7 +182,7 @@ def generate(
     )
     took = time.perf_counter() - started
     for line, result in zip(lines, results, strict=True):
-        _write(Path(line.out), result, prompt_codes, voice, took)
+        _write(as_path(line.out), result, prompt_codes, voice, took)
     return results
 
 
@@ -241,7 +242,8 @@ def _check_names(names: dict[str, str]) -> None:
 def _check_request(
     out: Path, prompt_audio: Path | None, prompt_text: str | None, max_seconds: float | None
 ) -> None:
-    if not out.parent.is_dir():
+    check_writable(out.parent)
+    if not is_remote(out) and not out.parent.is_dir():
         raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file in it, such as {out / 'speech.wav'}")

@@ -1,5 +1,5 @@
-"""Files and folders: read with one guard, written whole or not at all, locked, and the errors of
-the system in sentences that say how to fix them.
+"""Files and folders, of this machine or a bucket: read with one guard, written whole or not at all,
+locked, and the errors of the system in sentences that say how to fix them.
 """
 
 import errno
@@ -9,13 +9,15 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llasa_jax.errors import UserError, first_line, printable
+from llasa_jax.runtime import storage
+from llasa_jax.runtime.bucket_files import new_bucket_file, new_bucket_folder
 
 MiB = 1 << 20
 MOST_NESTED = 100
@@ -111,19 +113,12 @@ def read_text(
     if "\0" in os.fspath(path):
         refuse("has a NUL byte in its path")
     try:
-        # Without O_NONBLOCK, opening a FIFO that nobody writes to waits for ever.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-                refuse(f"is {kind}, not a file")
-            if status.st_size > limit:
-                refuse(f"is {status.st_size:,} bytes large, more than {limit:,}")
-            with open(descriptor, "rb", closefd=False) as file:
-                content = file.read(limit)
-        finally:
-            os.close(descriptor)
+        if storage.is_remote(path):
+            content = storage.read_bytes(path, 0, limit + 1)
+            if len(content) > limit:
+                refuse(f"is larger than {limit:,} bytes")
+        else:
+            content = _read_regular(path, refuse, limit)
     except FileNotFoundError:
         refuse("is missing")
     except OSError as error:
@@ -135,6 +130,22 @@ def read_text(
             f"{shortened(os.fspath(path))}: {what} is not UTF-8 text (byte {error.start});"
             f" save it as UTF-8, or {fix}"
         ) from None
+
+
+def _read_regular(path: str | os.PathLike, refuse: Callable[[str], NoReturn], limit: int) -> bytes:
+    # Without O_NONBLOCK, opening a FIFO that nobody writes to waits for ever.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            refuse(f"is {kind}, not a file")
+        if status.st_size > limit:
+            refuse(f"is {status.st_size:,} bytes large, more than {limit:,}")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(
@@ -235,9 +246,13 @@ def _check_expansion(content: Any, most: int = 100_000) -> None:
 
 def folder_digest(path: Path, head: int = 1 << 16) -> str:
     """16 hex digits that tell a folder (or a file) by the names and sizes of its files and the
-    first `head` bytes of each: quick for a model of many GB. UserError where it cannot be read.
+    first `head` bytes of each: quick for a model of many GB. Of a bucket, by names and the store's
+    versions. UserError where it cannot be read.
     """
     digest = hashlib.sha256()
+    if storage.is_remote(path):
+        digest.update(repr(sorted(storage.entries(path).items())).encode())
+        return digest.hexdigest()[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     try:
         for file in files:
@@ -274,14 +289,19 @@ def take_lock(file) -> bool | None:
 
 
 @contextmanager
-def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
+def new_folder(destination: Path, needs: int = 0, last: str = "") -> Iterator[Path]:
     """Gives a hidden folder beside `destination` to fill, and renames it at the end; on any failure
-    it is removed.
+    it is removed. For a bucket, gives a temporary folder, and puts up its files, `last` as the last
+    (see `bucket_files.new_bucket_folder`).
 
     A folder that a killed process left there is removed too: nobody holds its lock any more.
     `needs` is how many bytes will be written. UserError where `destination` exists and holds
     something, and where the disk is or will be full.
     """
+    if storage.is_remote(destination):
+        with new_bucket_folder(destination, needs, last) as partial:
+            yield partial
+        return
     destination = Path(destination).absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise _exists(destination)
@@ -312,10 +332,15 @@ def new_folder(destination: Path, needs: int = 0) -> Iterator[Path]:
 @contextmanager
 def new_file(destination: Path) -> Iterator[Path]:
     """Gives the path of a hidden, empty file beside `destination`, with the same suffix, to fill;
-    at the end it takes the place of `destination`. On any failure it is removed.
+    at the end it takes the place of `destination`. On any failure it is removed. For a bucket, the
+    file is a temporary one that is put up at the end.
 
-    OSError where it cannot be made or renamed.
+    OSError where it cannot be made or renamed, UserError where a bucket does not take it.
     """
+    if storage.is_remote(destination):
+        with new_bucket_file(destination) as partial:
+            yield partial
+        return
     destination = Path(destination)
     with _partial(destination, folder=False) as partial:
         yield partial
@@ -324,10 +349,14 @@ def new_file(destination: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that a process that is killed meanwhile leaves the old one or the new one.
-    Text is UTF-8. OSError where it cannot be written.
+    Text is UTF-8. OSError, or for a bucket UserError, where it cannot be written.
     """
+    content = content.encode() if isinstance(content, str) else content
+    if storage.is_remote(path):
+        storage.write_bytes(path, content)
+        return
     with new_file(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
 
 
 def is_partial(path: Path) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llasa_jax.runtime.storage import is_remote
+
 
 @contextmanager
 def library_path(folder: Path) -> Iterator[Path]:
@@ -13,8 +15,11 @@ def library_path(folder: Path) -> Iterator[Path]:
     it in a temporary folder.
 
     Orbax takes `[` in a path for a pattern; TensorStore takes only UTF-8, and a backslash for a
-    slash.
+    slash. A path in a bucket stays as it is.
     """
+    if is_remote(folder):
+        yield folder
+        return
     name = os.path.abspath(folder)
     if "[" not in name and "\\" not in name and _is_utf8(name):
         yield Path(name)

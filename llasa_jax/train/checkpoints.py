@@ -15,7 +15,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,27 @@ import orbax.checkpoint as ocp
 from llasa_jax.convert.model_folder import (
     ABOUT,
     CHECKPOINTS,
+    COMMIT,
     PARAMS,
     check_fingerprint,
     chunking,
     read_about,
+    remote_steps,
     saved_steps,
 )
 from llasa_jax.errors import UserError
 from llasa_jax.model.checksum import checksums, compare
-from llasa_jax.runtime import hosts
+from llasa_jax.runtime import hosts, storage
 from llasa_jax.runtime.faults import first_unreadable, is_passing
 from llasa_jax.runtime.files import explain, is_full
 from llasa_jax.runtime.library_path import library_path
+from llasa_jax.runtime.storage import absolute, is_remote
 
 OPTIMIZER, DATA = "optimizer", "data"
 STREAMS = "streams"  # in `about` how many there are, in `data` the place in each
 ITEMS = {PARAMS, OPTIMIZER, DATA, ABOUT}
 # What a folder of Orbax's has, some of it even while it is being removed.
-CONTENTS = ITEMS | {"_CHECKPOINT_METADATA", "commit_success.txt"}
+CONTENTS = ITEMS | {"_CHECKPOINT_METADATA", COMMIT}
 DAMAGED = "damaged"
 # Seconds to wait before a checkpoint that could not be read is read again.
 RETRIES = (1.0, 5.0, 20.0)
@@ -76,7 +79,7 @@ class Checkpoints:
         streams: int = 1,
         here: Sequence[int] = (0,),
     ):
-        self._folder, self._keep, self._keep_best = (run / CHECKPOINTS).absolute(), keep, keep_best
+        self._folder, self._keep, self._keep_best = absolute(run / CHECKPOINTS), keep, keep_best
         self._streams, self._here = streams, here
         self._data = {STREAMS: streams, "clips": clips} | ({"dataset": data} if data else {})
         self._run, self._base = run, base
@@ -114,7 +117,8 @@ class Checkpoints:
                 f"the weights became infinite or nan by step {step}, which is not saved; lower"
                 " optimizer.learning_rate or look at the data, and go on from the last checkpoint"
             )
-        self._check_writable()
+        if not is_remote(self._folder):  # to ask a bucket again would make the step wait
+            self._check_writable()
         if validation_loss is not None:
             self._losses[step] = validation_loss
         base = {"base": str(self._base[0]), "fingerprint": self._base[1]} if self._base else {}
@@ -349,8 +353,11 @@ class Checkpoints:
                     f" before; it is now in {there}: {failure}",
                     stacklevel=3,
                 )
-                there.parent.mkdir(exist_ok=True)
-                (self._folder / str(step)).rename(there)
+                if is_remote(there):
+                    storage.move(self._folder / str(step), there)
+                else:
+                    there.parent.mkdir(exist_ok=True)
+                    (self._folder / str(step)).rename(there)
             self._losses.pop(step, None)
         if damaged:
             hosts.largest(0)  # nobody looks before all is moved
@@ -358,8 +365,14 @@ class Checkpoints:
 
     def _remove_half_deleted(self) -> None:
         """Removes what a process that was killed while it removed an old checkpoint has left, if no
-        later save has done so.
+        later save has done so. In a bucket, also what one that was killed while it wrote one has.
         """
+        if is_remote(self._folder):
+            for name, contents in remote_steps(self._folder).items():
+                ours = name.isdecimal() and contents & CONTENTS and int(name) < self._newest
+                if ours and not {*ITEMS, COMMIT} <= contents:
+                    storage.remove(self._folder / name)
+            return
         steps = saved_steps(self._run)
         for step, wanted in zip(steps, self._preserved(steps), strict=True):
             half = self._is_ours(step) and not ITEMS.issubset(self._contents(step))
@@ -371,7 +384,9 @@ class Checkpoints:
         thread that fails to make it.
         """
         with self._explained():
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and is_remote(self._folder):
+                storage.check_writable(self._folder)
+            elif jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self._folder):
                     pass
@@ -382,12 +397,14 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = "the disk is full" if is_full(error) else " ".join(str(error).split())[:200]
-            saved = saved_steps(self._folder.parent)
-            since = (
-                f"goes on after step {saved[-1]}, the last whole checkpoint"
-                if saved
-                else "starts again, for none is whole yet"
-            )
+            since = "goes on after the last whole checkpoint"
+            with suppress(UserError):  # of a bucket that does not answer
+                saved = saved_steps(self._folder.parent)
+                since = (
+                    f"goes on after step {saved[-1]}, the last whole checkpoint"
+                    if saved
+                    else "starts again, for none is whole yet"
+                )
             raise UserError(
                 f"a checkpoint could not be written to {self._folder} ({reason}); fix that and"
                 f" give the same command again, which {since}"

@@ -66,11 +66,11 @@ def run(
     pipeline = settings.packing | {"here": functions.rows_here(*astuple(job.shape))}
     held_out: Sequence[Source] = job.held_out
     with (
-        run_folder.claimed(job.run, settings, codec, functions.adapters),
+        run_folder.claimed(job.run, settings, codec, functions.adapters) as held,
         encoder or nullcontext(),
     ):
         if encoder:
-            held_out = _encoded(held_out, encoder, job.run)
+            held_out = _encoded(held_out, encoder, job.files)
         # Closed at the end: a thread makes batches ahead.
         with closing(_batches(job, encoder, pipeline)) as data:
             state, checkpoints = begin(job, adapter, data)
@@ -78,11 +78,11 @@ def run(
                 nullcontext(stop) if stop else StopSignal() as stop,
                 checkpoints,
                 job.profiler,
-                Metrics(job.run, settings.log, state.step) as metrics,
+                Metrics(job.files, settings.log, state.step, job.run.name) as metrics,
                 # Before the checkpoints are left, which would wait for the other hosts.
                 hosts.failing_together(),
             ):
-                loop = Loop(job, state, data, held_out, pipeline, checkpoints, metrics, stop)
+                loop = Loop(job, state, data, held_out, pipeline, checkpoints, metrics, held, stop)
                 loop.run()
                 stop.at_once = not hosts.stopped(stop)
                 if encoder and not stop.received:
@@ -116,12 +116,13 @@ class Loop:
         pipeline: dict,
         checkpoints: Checkpoints,
         metrics: Metrics,
+        held: run_folder.Held,
         stop: StopSignal,
     ):
         settings, functions = job.settings, job.functions
         self.job, self.state, self.data, self.stop = job, state, data, stop
         self.held_out, self.pipeline = held_out, pipeline
-        self.checkpoints, self.metrics = checkpoints, metrics
+        self.checkpoints, self.metrics, self.held = checkpoints, metrics, held
         self.online = data if isinstance(data, OnlineBatches) else None
         self.validate = functions.compile_validation(*astuple(job.shape)) if held_out else None
         self.throughput = Throughput(
@@ -223,6 +224,7 @@ class Loop:
 
     def save(self, validation_loss: float | None = None) -> None:
         state = self.state
+        self.held.before_saving()
         self.checkpoints.save(
             state.step, state.trainable, state.opt_state, self.data, validation_loss
         )
@@ -235,10 +237,10 @@ class Loop:
         samples.write(self.state.step, waves or {}, self.metrics)
 
 
-def _encoded(held_out: Sequence[Source], encoder: Encoder, run: Path) -> Sequence[Source]:
+def _encoded(held_out: Sequence[Source], encoder: Encoder, folder: Path) -> Sequence[Source]:
     """The validation data with their codes, made now."""
     index = jax.process_index()
-    encoder.skipped.list_in(run / (f"bad.{index}.jsonl" if index else "bad.jsonl"))
+    encoder.skipped.list_in(folder / (f"bad.{index}.jsonl" if index else "bad.jsonl"))
     if held_out:
         say("the validation clips are encoded first")
     return encoder.held_out(held_out)

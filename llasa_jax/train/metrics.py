@@ -21,10 +21,10 @@ class Metrics:
     cut off, are removed first.
 
     What cannot be written is reported once, and training goes on: a checkpoint is worth more than a
-    line.
+    line. `name` is the run's, in W&B; by default that of its folder.
     """
 
-    def __init__(self, run: Path, settings: LogSettings, last_step: int):
+    def __init__(self, run: Path, settings: LogSettings, last_step: int, name: str = ""):
         self._file = self._tensorboard = self._wandb = None
         self._complained = False
         if jax.process_index():
@@ -52,7 +52,10 @@ class Metrics:
                     " llasa-jax[wandb]` or unset it"
                 ) from None
             self._wandb = wandb.init(
-                project=settings.wandb, dir=str(run), id=run.absolute().name, resume="allow"
+                project=settings.wandb,
+                dir=str(run),
+                id=name or run.absolute().name,
+                resume="allow",
             )
 
     def write(self, step: int, numbers: dict[str, float]) -> None:

@@ -15,6 +15,8 @@ from llasa_jax.data.seal import read_seal
 from llasa_jax.errors import UserError
 from llasa_jax.model.lora import adapter_config
 from llasa_jax.model.sharding import make_mesh, row_devices, shares_rows
+from llasa_jax.runtime.bucket_files import working_folder
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.offload import check_host_memory
@@ -48,11 +50,18 @@ class Job:
 
     @property
     def run(self) -> Path:
-        return Path(self.settings.out)
+        return as_path(self.settings.out)
+
+    @property
+    def files(self) -> Path:
+        """Where this process writes the run's small files: the run's folder, or for a bucket one on
+        this machine.
+        """
+        return working_folder(self.settings.out)
 
     @property
     def source(self) -> Path:
-        return Path(self.settings.model.path)
+        return as_path(self.settings.model.path)
 
 
 def prepare(
@@ -63,7 +72,7 @@ def prepare(
 
     Says how long an epoch is. Raises UserError on what cannot work.
     """
-    source = Path(settings.model.path)
+    source = as_path(settings.model.path)
     config, origin = model_folder.read_description(source)
     if "lora" in origin:
         raise UserError(
@@ -122,11 +131,11 @@ def prepare(
         seed=settings.train.seed,
         **settings.step_options,
     )
-    profiler = Profiler(Path(settings.out), settings.profile.steps, steps)
+    profiler = Profiler(working_folder(settings.out), settings.profile.steps, steps)
     samples = None
     if settings.log.samples:  # loads a codec, so it comes last
         prompter = Prompter(tokenizer, settings.voice)
-        samples = Samples(Path(settings.out), settings.log, prompter)
+        samples = Samples(working_folder(settings.out), settings.log, prompter)
     return Job(
         settings,
         functions,
@@ -147,7 +156,7 @@ def fingerprint(settings: Settings, datasets: Sequence[Records]) -> str:
     """
     found = hashlib.sha256()
     for source, records in zip(settings.sources, datasets, strict=True):
-        folder = Path(source.path)
+        folder = as_path(source.path)
         known = read_seal(folder).get("records") if folder.is_dir() else None
         found.update(f"{source.split} {len(records)} {known}\n".encode())
         at = np.linspace(0, len(records) - 1, min(LOOKED_AT, len(records))).astype(int)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,34 @@ from llasa_jax.convert import model_folder
 from llasa_jax.data.settings import SourceSettings
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import AdapterConfig
+from llasa_jax.runtime.bucket_files import Mirror, working_folder
+from llasa_jax.runtime.claims import CLAIMS, Claim
 from llasa_jax.runtime.files import explain, is_partial, read_yaml, take_lock, write_whole
 from llasa_jax.runtime.settings import may_change
+from llasa_jax.runtime.storage import absolute, as_path, is_remote, reaching
 from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.train.settings import Settings
 
 SETTINGS_FILE, LOCK_FILE = "settings.yaml", ".lock"
 BEGUN_WITH = "begun_with"  # in `model.json`: the fingerprint of the model that a run began with
+GROWING = ["metrics.jsonl", "bad.jsonl"]  # files that a run goes on with
+
+
+@dataclass(frozen=True)
+class Held:
+    """A run's folder that this process may write. In a bucket, its small files are written on this
+    machine, in `working_folder`, and put up as they grow.
+    """
+
+    claim: Claim
+    mirror: Mirror
+
+    def before_saving(self) -> None:
+        """What a checkpoint asks for: that the folder is still ours, and that the numbers up to
+        there are in it. UserError where another process has taken over.
+        """
+        self.claim.check()
+        self.mirror.sync()
 
 
 @contextmanager
@@ -31,7 +53,7 @@ def claimed(
     settings: Settings,
     codec: dict[str, str] | None = None,
     adapters: AdapterConfig | None = None,
-) -> Iterator[None]:
+) -> Iterator[Held]:
     """Makes the run's folder, or makes sure that what lies there is this very run, and holds it
     against other processes.
 
@@ -39,27 +61,44 @@ def claimed(
     generate with and a LoRA run's `adapters`. UserError where another process trains there, where
     the folder holds something else, and (at any time inside) where it cannot be read or written.
     """
+    files = working_folder(run)
+    held = Held(Claim(run, "training"), Mirror(files, run))
     try:
         # The weights of a Hugging Face checkpoint are read for it, so once at most.
         fingerprint = functools.cache(model_folder.open_model(settings.model.path).fingerprint)
-        _check(run, settings, codec, fingerprint)
+        with reaching(run):
+            _check(run, settings, codec, fingerprint)
         if jax.process_index():
-            yield
+            with held.mirror:
+                yield held
             return
-        run.mkdir(parents=True, exist_ok=True)
-        with (run / LOCK_FILE).open("w") as lock:
-            # Without locks on its file system: better no guard than no training.
-            if take_lock(lock) is False:
-                raise UserError(
-                    f"another process is training in {run}; wait for its end or stop it, or choose"
-                    " another out folder"
-                )
+        with held.claim, _locked(run):
             values = _plain(dataclasses.asdict(settings))
             write_whole(run / SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False))
-            _describe(run, settings, codec, adapters, fingerprint)
-            yield
+            held.mirror.fetch(GROWING)
+            _describe(files, settings, codec, adapters, fingerprint)
+            held.mirror.sync(forgive=False)
+            with held.mirror:
+                yield held
     except OSError as error:
         raise UserError(explain(error, run)) from error
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Makes a folder of this machine, and locks it; in a bucket, the claim is the lock."""
+    if is_remote(run):
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK_FILE).open("w") as lock:
+        # Without locks on its file system: better no guard than no training.
+        if take_lock(lock) is False:
+            raise UserError(
+                f"another process is training in {run}; wait for its end or stop it, or choose"
+                " another out folder"
+            )
+        yield
 
 
 def _describe(
@@ -70,7 +109,7 @@ def _describe(
     fingerprint: Callable[[], str],
 ) -> None:
     """Makes the folder a model's (see `model_folder`), with the tokenizer and `model.json`."""
-    source = Path(settings.model.path)
+    source = as_path(settings.model.path)
     model = model_folder.open_model(source)
     model_folder.copy_description(source, run)
     origin = model.origin | {"prompt": dataclasses.asdict(settings.voice)}
@@ -82,7 +121,7 @@ def _describe(
     if adapters:
         origin["lora"] = {
             # The id of a model on the hub stays what it is.
-            "base": str(source.absolute() if source.exists() else source),
+            "base": str(absolute(source) if source.exists() else source),
             "adapters": dataclasses.asdict(adapters),
             "quantize": settings.lora.quantize,
         }
@@ -107,7 +146,7 @@ def _check(
             )
         _check_model(run, settings.model.path, codec or {}, fingerprint)
     elif run.is_dir() and any(
-        entry.name != LOCK_FILE and not is_partial(entry) for entry in run.iterdir()
+        entry.name not in (LOCK_FILE, CLAIMS) and not is_partial(entry) for entry in run.iterdir()
     ):
         raise UserError(
             f"{run} already holds something that is no training run; choose another out folder"

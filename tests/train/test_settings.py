@@ -139,6 +139,7 @@ def test_what_may_change_when_a_run_resumes():
         "data.online.codec",
         "data.doctor",
         "data.streams",
+        "data.cache_dir",
         "optimizer.offload",
         "profile.steps",
         *(
