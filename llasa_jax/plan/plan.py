@@ -5,17 +5,11 @@ GPUs it estimates from shapes.
 """
 
 import dataclasses
-import importlib.util
-import os
-import re
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, inf, prod
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -26,12 +20,11 @@ from llasa_jax.model.flops import StepShape, all_weights, model_flops, step_seco
 from llasa_jax.model.lora import MODULES, adapter_config
 from llasa_jax.model.lora import count as count_parameters
 from llasa_jax.model.sharding import make_mesh, mesh_sizes, row_devices
-from llasa_jax.plan.memory import advice, held_gib, is_out_of_memory, working_gib
+from llasa_jax.plan.compiler import compiled_peak, machine
+from llasa_jax.plan.memory import advice, held_gib, working_gib
 from llasa_jax.runtime.hardware import (
     GPUS,
     Device,
-    device_of_kind,
-    known_topologies,
     parse_topology,
 )
 from llasa_jax.speech.vocab import CODES_PER_SECOND
@@ -40,39 +33,28 @@ from llasa_jax.train.optimizer import make_optimizer
 from llasa_jax.train.settings import Settings
 from llasa_jax.train.step import TrainStep
 
-HERE = "here"
 TOKENS_PER_CODE = 1.2  # a clip's text and chat turns add about a fifth to its codes
-_LLAMA: dict[str, Any] = {
-    "vocab_size": 193_800,
-    "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192),
-    "num_key_value_heads": 8,
-}
+
+
+def _llama(hidden: int, mlp: int, layers: int, heads: int, head: int, tied: bool) -> ModelConfig:
+    """Llasa on a Llama 3.2 (1B, 3B) or 3.1 (8B)."""
+    return ModelConfig(
+        vocab_size=193_800,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=head,
+        tie_word_embeddings=tied,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+    )
+
+
 MODELS = {
-    "1b": ModelConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        head_dim=64,
-        **_LLAMA,
-    ),
-    "3b": ModelConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        head_dim=128,
-        **_LLAMA,
-    ),
-    "8b": ModelConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        head_dim=128,
-        tie_word_embeddings=False,
-        **_LLAMA,
-    ),
+    "1b": _llama(2048, 8192, 16, 32, 64, True),
+    "3b": _llama(3072, 8192, 28, 24, 128, True),
+    "8b": _llama(4096, 14336, 32, 32, 128, False),
 }
 
 
@@ -138,7 +120,7 @@ def plan(
         sizes = mesh_sizes(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor, count)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
     else:
-        devices, device = _machine(topology, settings.mesh.slices)
+        devices, device = machine(topology, settings.mesh.slices)
         mesh = make_mesh(
             settings.mesh.data,
             settings.mesh.fsdp,
@@ -176,7 +158,7 @@ def plan(
         peak = sum(held.values()) + working_gib(config, settings, mesh)
         fits = peak < device.memory
     else:
-        peak, fits = _compiled_peak(step, accumulation, rows, length)
+        peak, fits = compiled_peak(step, accumulation, rows, length)
         peak = max(peak, sum(held.values()))
         # Only the TPU compiler refuses what is too large.
         fits = fits and not (device and peak > device.memory)
@@ -311,76 +293,6 @@ def _tell(tried: Plan) -> Plan:
         flush=True,
     )
     return tried
-
-
-def _machine(topology: str, slices: int) -> tuple[list, Device | None]:
-    """The devices to compile for, and what is known of one."""
-    if topology == HERE:
-        devices = jax.devices()
-        return devices, device_of_kind(devices[0].device_kind)
-    _, device, _ = parse_topology(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "planning for TPUs needs XLA's TPU compiler, which is not installed; `pip install"
-            " 'llasa-jax[plan]'` brings it"
-        )
-    # A compiler without a TPU: it must not look for one, and other processes may use it too.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-        if prod(map(int, topology.partition(":")[2].split("x"))) < 4:
-            options["chips_per_host_bounds"] = (1, 1, 1)
-        with _quiet():
-            return (
-                topologies.get_topology_desc(
-                    platform="tpu", topology_name=topology.lower(), **options
-                ).devices,
-                device,
-            )
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"the TPU compiler does not take the topology {topology} ({reason}); known are"
-            f" {known_topologies()}"
-        ) from None
-
-
-@contextmanager
-def _quiet():
-    """Hides what libtpu's C++ says on stderr about a machine that is no TPU."""
-    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nothing)
-
-
-def _compiled_peak(
-    step: TrainStep, accumulation: int, rows: int, length: int
-) -> tuple[float, bool]:
-    """Peak GiB per device, and whether it fits: the compiler refuses what does not, and says how
-    much at least that would have taken.
-    """
-    try:
-        analysis = step.compile(accumulation, rows, length).memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        sizes = re.findall(r"([\d.]+)G\)? (?:of|exceeds)", str(error))
-        return max(map(float, sizes), default=0.0), False
-    assert analysis  # every backend here gives one
-    # XLA's peak counts arguments that lie on the host too.
-    return (analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes) / 2**30, True
 
 
 def describe(plan_: Plan, settings: Settings) -> str:

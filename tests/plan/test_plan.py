@@ -16,7 +16,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.flops import StepShape, all_weights, model_flops, step_seconds
 from llasa_jax.model.settings import LoraSettings, MeshSettings, ModelSettings
-from llasa_jax.plan import plan
+from llasa_jax.plan import compiler, plan
 from llasa_jax.runtime.hardware import TPUS, parse_topology
 from llasa_jax.train.offload import check_host_memory
 from llasa_jax.train.settings import OptimizerSettings, Settings, TrainSettings, parse_settings
@@ -264,7 +264,7 @@ def test_a_step_compiles_for_a_tpu_that_is_not_here():
 @needs_libtpu
 def test_slices_are_apart_along_data_only():
     settings = MeshSettings(data=2, fsdp=4, tensor=2, slices=2)
-    devices, _ = plan._machine("v5e:2x4", settings.slices)
+    devices, _ = compiler.machine("v5e:2x4", settings.slices)
     mesh = plan.make_mesh(settings.data, settings.fsdp, settings.tensor, devices, settings.slices)
     assert [{device.slice_index for device in of_data.flat} for of_data in mesh.devices] == [
         {0},
