@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo check test lint types docs bench clean
+.PHONY: setup demo check fast test lint types docs bench clean
 
 setup: $(READY)
 
@@ -23,13 +23,19 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m llasa_jax.demo
 
-# What to run before a commit: about five minutes on two cores.
-check: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every test: about twenty minutes on two cores.
+# What to run before a commit.
+check: setup
+	$(MAKE) --jobs 3 --output-sync lint types fast
+
+# The tests that are not marked slow.
+fast: setup
+	$(PYTEST) -m "not slow"
+
+# Every test.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,20 +1,27 @@
 """Eight virtual CPU devices for every test, set before anything imports JAX."""
 
 import atexit
+import copy
+import hashlib
 import os
 import shutil
 import tempfile
 import uuid
 from pathlib import Path
 
+# The tests' programs are tiny and run for a few steps, so compiling them costs more than running
+# them: XLA's optimizer off halves that.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Many tests train the same step: compile it once.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Many tests train the same step: compile it once, for all of pytest-xdist's workers and for the
+# processes that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -24,12 +31,37 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parent / 'fixtures'}:{Path(__file__
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from buckets import environment, faults, served  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from llasa_jax.demo.tiny_llama import make_tiny_tokenizer  # noqa: E402
 from llasa_jax.speech.prompts import Prompter  # noqa: E402
 
 # On busy cores, OpenMP's waiting threads make a minute of a second.
 torch.set_num_threads(1)
+
+_read_tokenizer = AutoTokenizer.from_pretrained
+_tokenizers: dict[str, tuple[int, object]] = {}
+
+
+def _read_once(folder, **options):
+    """AutoTokenizer.from_pretrained, once for the same files: 66,000 tokens take two seconds."""
+    if not Path(folder).is_dir():
+        return _read_tokenizer(folder, **options)
+    files = [path for path in Path(folder).iterdir() if path.suffix in {".json", ".jinja"}]
+    digest = hashlib.blake2b(repr(options).encode())
+    for path in sorted(files):
+        digest.update(path.name.encode() + path.read_bytes())
+    key = digest.hexdigest()
+    size, tokenizer = _tokenizers.get(key, (-1, None))
+    if tokenizer is None or len(tokenizer) != size:  # or a test has added tokens to it
+        tokenizer = _read_tokenizer(folder, **options)
+        _tokenizers[key] = len(tokenizer), tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+AutoTokenizer.from_pretrained = _read_once
 
 
 @pytest.fixture(scope="session")
@@ -62,49 +94,56 @@ def bucket(gs_store, tmp_path, monkeypatch):
     faults({})
 
 
-# Files whose tests train, compile for TPUs, start processes or load many models. They have more
-# than 20 seconds of work each, and `make check` leaves them out. Single tests elsewhere are marked
-# where they stand.
-SLOW = {
-    "codec/test_codec.py",
-    "codec/test_codec_original.py",
-    "convert/test_buckets.py",
-    "convert/test_convert.py",
-    "convert/test_convert_programs.py",
-    "convert/test_convert_speech.py",
-    "convert/test_open_model.py",
+# Files whose tests train, compile for TPUs, start processes or load many models, the longest first,
+# which is the order in which they run. They have more than ten seconds of work each, and `make
+# check` leaves them out. Single tests elsewhere are marked where they stand.
+SLOW = (
+    "test_end_to_end.py",
+    "train/test_train.py",
+    "train/test_train_step.py",
+    "runtime/test_hosts.py",
+    "generate/test_generate.py",
     "convert/test_peft_adapter.py",
-    "data/test_import_codes.py",
-    "encode/test_audio_tables.py",
-    "encode/test_encode.py",
-    "encode/test_journal.py",
+    "convert/test_open_model.py",
+    "convert/test_buckets.py",
+    "train/test_buckets.py",
     "encode/test_online.py",
     "encode/test_online_process.py",
-    "generate/test_generate.py",
+    "plan/test_plan.py",
+    "model/test_quantize.py",
     "model/test_lora.py",
     "model/test_model.py",
-    "model/test_quantize.py",
     "model/test_sharding.py",
-    "plan/test_plan.py",
+    "codec/test_jax_codec.py",
+    "codec/test_jax_parts.py",
+    "encode/test_encode.py",
+    "train/test_crash.py",
+    "train/test_checkpoint.py",
+    "train/test_finetune.py",
+    "train/test_golden.py",
+    "convert/test_convert_programs.py",
+    "convert/test_convert_speech.py",
+    "convert/test_convert.py",
+    "codec/test_codec.py",
+    "codec/test_codec_original.py",
+    "codec/test_jax_original.py",
+    "data/test_import_codes.py",
+    "encode/test_audio_tables.py",
+    "encode/test_journal.py",
     "runtime/test_channel.py",
     "runtime/test_signals.py",
     "speech/test_audio_files.py",
-    "test_end_to_end.py",
     "test_upstream.py",
-    "train/test_buckets.py",
-    "train/test_checkpoint.py",
-    "train/test_crash.py",
-    "train/test_finetune.py",
-    "train/test_golden.py",
-    "train/test_train.py",
-    "train/test_train_step.py",
-}
+)
 
 
 def pytest_collection_modifyitems(items):
     root = Path(__file__).parent
     missing = [name for name in SLOW if not (root / name).is_file()]
     assert not missing, f"tests/conftest.py lists slow files that do not exist: {missing}"
+    order = {name: number for number, name in enumerate(SLOW)}
+    # xdist gives out whole files in this order: a long one at the end would run alone.
+    items.sort(key=lambda item: order.get(item.path.relative_to(root).as_posix(), len(SLOW)))
     for item in items:
-        if item.path.relative_to(root).as_posix() in SLOW:
+        if item.path.relative_to(root).as_posix() in order:
             item.add_marker(pytest.mark.slow)

@@ -216,12 +216,14 @@ def test_the_same_training_command_goes_on(demo):
         ),
     ],
 )
-def test_mistakes_get_one_sentence(demo, arguments, complaint):
+def test_mistakes_get_one_sentence(demo, arguments, complaint, capfd, monkeypatch):
     out, _ = demo
-    finished = run("llasa_jax.cli", *(argument.format(out=out) for argument in arguments))
-    assert finished.returncode == 2, finished.stdout + finished.stderr
-    said = [line for line in finished.stderr.splitlines() if line.startswith("llasa-jax: error: ")]
+    monkeypatch.chdir(ROOT)
+    status = main([argument.format(out=out) for argument in arguments])
+    complained = capfd.readouterr().err
+    assert status == 2, complained
+    said = [line for line in complained.splitlines() if line.startswith("llasa-jax: error: ")]
     assert len(said) == 1
     assert complaint in said[0]
-    assert "Traceback" not in finished.stderr
+    assert "Traceback" not in complained
     assert not (out / "new").exists()

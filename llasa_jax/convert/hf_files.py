@@ -2,6 +2,7 @@
 what they say, and what a model that speaks changes in them.
 """
 
+import copyreg
 import json
 import re
 import shutil
@@ -151,17 +152,23 @@ def write_json(path: Path, content: dict) -> None:
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer in an HF folder, None if there is none. UserError where it cannot be read."""
+    from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
     if not (folder / TOKENIZER_CONFIG).is_file():
         return None
     read_json(folder / TOKENIZER_CONFIG)
+    # transformers deep-copies its arguments, the 65,544 speech tokens among them, which is nearly
+    # half of the time. A string in place of a recipe tells `copy` to take the object itself.
+    copyreg.dispatch_table[AddedToken] = str
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 the tokenizers library raises plain Exceptions
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({first_line(error)}); download it again"
         ) from error
+    finally:
+        del copyreg.dispatch_table[AddedToken]
 
 
 def vocabulary(folder: Path) -> dict[str, int]:

@@ -3,7 +3,6 @@ the cache.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ import time
 
 import jax
 from counting_codec import CountingCodec
-from places import FIXTURES, SPEECH
+from places import FIXTURES, SPEECH, environment
 from tiny_run import losses, make_model
 
 from llasa_jax.convert.model_folder import saved_steps
@@ -29,14 +28,10 @@ STEPS = 7
 
 
 def start(what, limit, *arguments):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, FIXTURES / "online_run.py", what, str(limit), *arguments]
     return subprocess.Popen(
         list(map(str, command)),
-        env=environment,
+        env=environment(1),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,6 @@
 """The mesh and the table: what goes where, and what cannot."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from places import FIXTURES, ROOT
+from places import FIXTURES, ROOT, environment
 from reference import config_of, hf_llama
 
 from llasa_jax.errors import UserError
@@ -133,16 +132,13 @@ def test_two_processes_train_like_one():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": f"{FIXTURES}:{ROOT}",
-    }
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    alone = environment(2, PYTHONPATH=f"{FIXTURES}:{ROOT}")
+    alone.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-c", ONE_OF_TWO, str(port)]
     both = [
         subprocess.Popen(
             [*command, str(i)],
-            env=environment,
+            env=alone,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

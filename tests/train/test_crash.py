@@ -2,13 +2,12 @@
 learned.
 """
 
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
-from places import FIXTURES
+from places import FIXTURES, environment
 from tiny_run import losses, make_model
 
 from llasa_jax.convert.model_folder import saved_steps
@@ -22,13 +21,9 @@ def model(tmp_path_factory):
 
 
 def start(*arguments, before=()):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "OMP_NUM_THREADS": "1",
-    }
     command = [*before, sys.executable, str(PROGRAM), *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

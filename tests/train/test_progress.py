@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from places import FIXTURES
+from places import FIXTURES, environment
 from tiny_run import make_clips, make_model, settings_for
 
 from llasa_jax.convert.model_folder import saved_steps
@@ -72,11 +72,10 @@ def test_other_signals_save_too(model, tmp_path, monkeypatch, number):
 def test_an_output_that_nobody_takes_saves_and_stops(model, tmp_path, output):
     if output == "full disk" and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     with open("/dev/full" if output == "full disk" else os.devnull, "w") as sink:
         child = subprocess.Popen(
             [sys.executable, str(FIXTURES / "tiny_run.py"), str(model), str(tmp_path / "run")],
-            env=environment,
+            env=environment(1),
             stdout=sink if output == "full disk" else subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
