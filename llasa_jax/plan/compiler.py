@@ -1,4 +1,4 @@
-"""The machines that a step is compiled for, TPU slices that need not be there among them, and the
+"""The machines that a step is compiled for, TPU slices that you do not have included, and the
 memory that XLA says it takes.
 """
 
