@@ -66,7 +66,8 @@ def main() -> None:
     params = make_tree(args.millions, 0)
     opt_state = {"mu": make_tree(args.millions, 1), "nu": make_tree(args.millions, 2)}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
-    data = iter(grain.MapDataset.range(100).to_iter_dataset())
+    stream = grain.MapDataset.range(100).to_iter_dataset()
+    data = iter(grain.experimental.ZipIterDataset([stream]))  # as training's, of one stream
     print(
         f"{datetime.date.today()}, {device.device_kind}, {os.cpu_count()}-core"
         f" {platform.machine()}; jax {version('jax')}, orbax-checkpoint"
@@ -76,11 +77,14 @@ def main() -> None:
     def check():
         checksums(params)
         checksums(opt_state)
+
+    def look():
         _all_finite(params)
 
-    check()  # compiles
+    check()
+    look()  # both compile
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        saving, restoring, sums = [], [], []
+        saving, restoring, sums, finite = [], [], [], []
         for i in range(args.repeat):
             run = Path(scratch) / str(i)
 
@@ -99,10 +103,12 @@ def main() -> None:
             saving.append(seconds(save))
             restoring.append(seconds(restore))
             sums.append(seconds(check))
+            finite.append(seconds(look))
     print(f"{size / 1e9:.2f} GB of weights and optimizer state in {args.repeat} rounds, medians:")
     print(f"{'':10} {'seconds':>10} {'CPU seconds':>12}")
     shares = []
-    for name, rounds in (("saving", saving), ("restoring", restoring), ("checksums", sums)):
+    parts = {"saving": saving, "restoring": restoring, "checksums": sums, "finiteness": finite}
+    for name, rounds in parts.items():
         clock, cpu = (median(values) for values in zip(*rounds, strict=True))
         print(f"{name:10} {clock:10.2f} {cpu:12.2f}")
         shares.append((clock, cpu))

@@ -18,7 +18,7 @@ import numpy as np
 
 from llasa_jax.errors import UserError
 
-BLOCK = 1 << 15  # elements at a time, so that the products stay in the processor's cache
+BLOCK = 1 << 15  # elements at a time, so that the sums stay in the processor's cache
 STACKED = "layers"  # a leaf below this key has a checksum for each index of its first dimension
 
 
@@ -27,14 +27,22 @@ def checksum(array: np.ndarray, start: int = 0) -> int:
     first element in the whole. The pieces' checksums add up to the whole's, modulo 2^32.
     """
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
-    factors = 2 * np.arange(min(BLOCK, bits.size), dtype=np.uint32) + 1
-    total = 0
-    for at in range(0, bits.size, BLOCK):
-        block = bits[at : at + BLOCK].astype(np.uint32)
-        total += 2 * (start + at) * int(block.sum(dtype=np.uint32))
-        block *= factors[: block.size]
-        total += int(block.sum(dtype=np.uint32))
+    # A block is a row. With i = k BLOCK + j, the sum over k comes first: two additions a block, of
+    # rows (the sum of row[k]) and of their running sums from the last (the sum of k row[k]).
+    rows, weighted = np.zeros((2, BLOCK), np.uint32)
+    count = bits.size // BLOCK
+    for block in bits[: count * BLOCK].reshape(count, BLOCK)[::-1]:
+        weighted += rows
+        rows += block
+    rest = bits[count * BLOCK :].astype(np.uint32)
+    factors = 2 * np.arange(BLOCK, dtype=np.uint32) + 1
+    total = 2 * BLOCK * _sum(weighted) + 2 * start * _sum(rows) + _sum(rows * factors)
+    total += 2 * (start + count * BLOCK) * _sum(rest) + _sum(rest * factors[: rest.size])
     return total % (1 << 32)
+
+
+def _sum(values: np.ndarray) -> int:
+    return int(values.sum(dtype=np.uint32))
 
 
 def checksums(tree) -> dict[str, list[int]]:
