@@ -103,6 +103,8 @@ SLOW = (
     "train/test_train_step.py",
     "runtime/test_hosts.py",
     "generate/test_generate.py",
+    "generate/test_speaker.py",
+    "generate/test_rows.py",
     "convert/test_peft_adapter.py",
     "convert/test_open_model.py",
     "convert/test_buckets.py",

@@ -1,30 +1,33 @@
-"""From prompts to codes: KV cache, sampling, and the loop over new tokens.
+"""Rows of speech on one cache of keys and values: started, advanced, read and copied.
 
-One compiled program holds the prompt's forward pass and the loop over new tokens. Lengths are
-rounded up to powers of two, so that it serves many texts. Letters: B rows, P prompt slots, S cache
-slots, V vocabulary.
+A fixed number of rows share the cache. A row that has ended can be started again with another
+prompt while the others go on (continuous batching), and several rows can be started with one
+prompt, which is then read once (search). Programs compile once for each number of rows, cache
+length and prompt length, both rounded up.
+
+`steps.py` has the programs that run on the devices.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llasa_jax.errors import UserError
-from llasa_jax.generate.sampling import SamplingSettings, draw, process
-from llasa_jax.model.llama import Cache
+from llasa_jax.generate import steps
+from llasa_jax.generate.sampling import SamplingSettings
+from llasa_jax.generate.steps import STEPS
+from llasa_jax.model.sharding import RULES
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
 
-# Tokens of a prompt that are processed at a time: attention's scores are [block, S] for each head,
-# and over a whole prompt of 30,000 tokens they would take hundreds of GB.
-PROMPT_BLOCK = 512
 SHORTEST_BUCKET = 128
+# The head's rows that are read are a multiple of this, so that any usual `tensor` divides them.
+HEAD_MULTIPLE = 512
 # of UTF-8 text read aloud: about 14 letters of English, or 4.5 Chinese characters of 3 bytes
 BYTES_PER_SECOND = 14
 BYTES_PER_DIGIT = 5  # a digit is read as a word or more
@@ -35,20 +38,222 @@ class Generated:
     """New speech of one row, without its prompt.
 
     `codes` uint16, 50 a second; `tokens` int32, every id drawn, the end marker included; `stopped`:
-    the model ended the speech by itself, false if the length limit did.
+    the model ended the speech by itself, false if the length limit did; `logprob`: the mean log
+    probability of the tokens, before temperature and penalties, among those that could be drawn.
     """
 
     codes: np.ndarray
     tokens: np.ndarray
     stopped: bool
+    logprob: float = math.nan
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a row goes on from: `prompt`, int32 ids. It draws at most `limit` tokens, and no end
+    marker among the first `shortest`.
+
+    `number` picks its random numbers: the same number, seed and prompt give the same speech, in
+    whichever row. `adapter` is the row of `choice` (see `llasa_jax.model.lora.side_by_side`) that
+    it uses, in a model with several adapters.
+    """
+
+    prompt: np.ndarray
+    limit: int
+    shortest: int = 0
+    number: int = 0
+    adapter: int = 0
+
+
+def reading_seconds(text: str) -> float:
+    """About how long it takes to read `text` aloud."""
+    size = len(text.encode()) + (BYTES_PER_DIGIT - 1) * sum(c.isdigit() for c in text)
+    return size / BYTES_PER_SECOND
 
 
 def plausible_limit(text: str) -> int:
     """How many codes `text` may take: three times what reading it aloud takes, and three seconds
     more.
     """
-    size = len(text.encode()) + (BYTES_PER_DIGIT - 1) * sum(c.isdigit() for c in text)
-    return math.ceil(CODES_PER_SECOND * (3 * size / BYTES_PER_SECOND + 3))
+    return math.ceil(CODES_PER_SECOND * (3 * reading_seconds(text) + 3))
+
+
+class Rows:
+    """`rows` speeches at once by one model.
+
+    `graphdef` is a `Llama`'s and `params` its weights as a dict; they may lie sharded on a mesh.
+    `stop_ids` end a row: the end marker's alone by default. `loop_codes`: once so many codes have
+    repeated those of up to a second before, the code that would go on with the loop cannot be
+    drawn; 0 leaves loops alone.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: dict,
+        vocab: SpeechVocab,
+        rows: int,
+        settings: SamplingSettings | None = None,
+        stop_ids: Sequence[int] | None = None,
+        loop_codes: int = 0,
+    ):
+        settings = settings or SamplingSettings()
+        self.count, self.vocab, self.config = rows, vocab, nnx.merge(graphdef, params).config
+        self._key = jax.random.key(settings.seed)
+        # Of the head only the rows of tokens that can be drawn are read: with codes alone, a third.
+        first, last = 0, self.config.vocab_size
+        if settings.speech_only:
+            last = vocab.code_base + NUM_CODES
+            first = max(0, last - -(-(NUM_CODES + 8) // HEAD_MULTIPLE) * HEAD_MULTIPLE)
+        ids = np.arange(first, last)
+        stops = np.isin(ids, [vocab.speech_end] if stop_ids is None else stop_ids)
+        allowed = np.full(len(ids), not settings.speech_only)
+        allowed[ids >= vocab.code_base] = True
+        allowed[ids == vocab.speech_end] = True
+        choices = params.get("choice")
+        self._choices = jax.device_get(choices) if choices else None
+        # The seed only makes the key: as part of what is compiled for, each seed would compile
+        # again.
+        self._program = {
+            "graphdef": graphdef,
+            "settings": replace(settings, seed=0),
+            "loop_codes": loop_codes,
+        }
+        self._fixed = {
+            "params": params,
+            "tables": steps.head_rows(graphdef, params, first=first, last=last),
+            "first": jnp.asarray(first, jnp.int32),
+            "allowed": jnp.asarray(allowed),
+            "stops": jnp.asarray(stops),
+        }
+        self._slots = SHORTEST_BUCKET
+        self._state = steps.empty_state(
+            **self._program, **self._fixed, rows=rows, slots=SHORTEST_BUCKET
+        )
+        place = jax.tree.leaves(params)[0].sharding
+        if isinstance(place, NamedSharding):  # heads lie where the weights that make them lie
+            place = NamedSharding(place.mesh, PartitionSpec(None, None, None, RULES["K"]))
+            self._state |= {name: jax.device_put(self._state[name], place) for name in "kv"}
+        # The host's copy of where the rows stand.
+        self._at, self._end = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        self._tokens: list[list[np.ndarray]] = [[] for _ in range(rows)]
+        self._report = {name: np.ones(rows, bool) for name in ("ended", "stopped", "finite")}
+        self._report["logprob"] = np.zeros(rows, np.float32)
+
+    @property
+    def ended(self) -> np.ndarray:
+        """bool (rows,): which rows have ended, or were never started."""
+        return self._report["ended"]
+
+    def start(self, rows: Sequence[int], request: Request, numbers: Sequence[int] = ()) -> None:
+        """Starts `request` in each of `rows`, whose prompt is read once for all of them. `numbers`
+        are the rows' own, in place of the request's.
+
+        Raises UserError where the prompt fills the model's positions, or its limit is below 1.
+        """
+        length, positions = len(request.prompt), self.config.max_position_embeddings
+        if not 0 < length < positions:
+            raise UserError(
+                f"the prompt has {length} tokens and the model {positions} positions, which leaves"
+                " no room for speech; shorten the text or the prompt's audio"
+            )
+        if request.limit < 1:
+            raise UserError(f"a limit of {request.limit} tokens was given; give a positive number")
+        chosen, drawn = np.zeros(self.count, bool), np.zeros(self.count, np.int32)
+        chosen[list(rows)], drawn[list(rows)] = True, numbers or request.number
+        prompt = np.zeros((1, prompt_bucket(length)), np.int32)
+        prompt[0, :length] = request.prompt
+        # Speech rarely takes all of its limit, and what is attended to is as long as the cache.
+        self._resize(max(prompt.shape[1], self._needed(length + request.limit // 2)))
+        end = min(length + request.limit, positions)
+        choice = self._choices and jax.tree.map(lambda of: of[[request.adapter]], self._choices)
+        self._state = steps.start(
+            **self._program,
+            **self._fixed,
+            state=self._state,
+            prompt=prompt,
+            chosen=chosen,
+            numbers=drawn,
+            key=self._key,
+            choice=choice,
+            at=np.int32(length),
+            end=np.int32(end),
+            floor=np.int32(length + request.shortest),
+        )
+        for row in rows:
+            self._at[row], self._end[row], self._tokens[row] = length, end, []
+            self._report["ended"] = self.ended & ~chosen
+
+    def advance(self, count: int = STEPS, leave: int = 1) -> int:
+        """Draws tokens in all rows that have not ended, up to `count` each; returns early once
+        `leave` of them end. Returns how many tokens were drawn.
+
+        Raises UserError where the model's scores are not finite.
+        """
+        ahead = np.minimum(self._at + count, self._end)[~self.ended]
+        self._resize(self._needed(int(ahead.max(initial=0))))
+        self._state, drawn = steps.advance(
+            **self._program,
+            **self._fixed,
+            state=self._state,
+            steps=np.int32(min(count, STEPS)),
+            leave=np.int32(leave),
+        )
+        names = ("ended", "stopped", "finite", "logprob", "at")
+        drawn, report = jax.device_get((drawn, {name: self._state[name] for name in names}))
+        at = report.pop("at").astype(np.int64)
+        new = np.where(self.ended, 0, at - self._at)
+        self._at = np.where(self.ended, self._at, at)
+        for row in np.flatnonzero(new):
+            self._tokens[row].append(drawn[row, : new[row]])
+        self._report = report
+        if not report["finite"].all():
+            raise UserError(
+                "the model's scores are not finite; its weights are damaged or training diverged:"
+                " use an earlier checkpoint"
+            )
+        return int(new.sum())
+
+    def result(self, row: int) -> Generated:
+        """What a row has said, so far if it has not ended."""
+        tokens = np.concatenate([*self._tokens[row], np.empty(0, np.int32)]).astype(np.int32)
+        return Generated(
+            self.vocab.codes_of(tokens),
+            tokens,
+            bool(self._report["stopped"][row]),
+            float(self._report["logprob"][row]) / max(1, len(tokens)),
+        )
+
+    def stop(self, rows: Sequence[int]) -> None:
+        """Ends rows where they are."""
+        ended = self.ended.copy()
+        ended[list(rows)] = True
+        self._report["ended"] = ended
+        self._state["ended"] = jnp.asarray(ended)
+
+    def seed(self, seed: int) -> None:
+        """Rows that are started from now on draw by this seed."""
+        self._key = jax.random.key(seed)
+
+    def copy(self, parents: Sequence[int]) -> None:
+        """Row i goes on from what row `parents[i]` has said, with random numbers of its own."""
+        at = np.asarray(parents)
+        self._state = steps.copy(state=self._state, parents=at)
+        self._tokens = [list(self._tokens[parent]) for parent in parents]
+        self._at, self._end = self._at[at], self._end[at]
+        self._report = {name: values[at] for name, values in self._report.items()}
+
+    def _needed(self, length: int) -> int:
+        return cache_bucket(min(length, self.config.max_position_embeddings))
+
+    def _resize(self, slots: int) -> None:
+        """Makes the cache longer, or half as long, where the rows need it: what is attended to is
+        as long as the cache.
+        """
+        slots = max(slots, self._needed(int(self._at[~self.ended].max(initial=0))))
+        if slots > self._slots or slots <= self._slots // 2:
+            self._slots = slots
+            self._state = steps.resize(state=self._state, slots=slots)
 
 
 def generate_codes(
@@ -61,153 +266,33 @@ def generate_codes(
     stop_ids: Sequence[int] | None = None,
 ) -> list[Generated]:
     """Goes on from each of `prompts` (int32 ids, of any lengths) until it draws one of `stop_ids`
-    or has `max_new_tokens` more.
+    or has `max_new_tokens` more: a row for each, all at once, and no guards. See `Rows`.
 
-    `graphdef` is a `Llama`'s and `params` its weights as a dict; they may lie sharded on a mesh.
-    `max_new_tokens` is one number or one a row, and counts the end marker. `stop_ids` are the end
-    marker's alone by default. A row's result depends on its prompt, the seed and its place among
-    the rows, not on the other rows. Compiles once for each number of rows, lengths up to the next
-    power of two, and settings but the seed.
+    `max_new_tokens` is one number or one a row, and counts the end marker. A row's result depends
+    on its prompt, the seed and its place among the rows, not on the other rows.
 
     Raises UserError where a prompt fills the model's positions, and where the scores are not
     finite.
     """
     if not len(prompts):
         return []
-    settings = settings or SamplingSettings()
-    config = nnx.merge(graphdef, params).config
-    lengths = np.array([len(prompt) for prompt in prompts])
-    positions = config.max_position_embeddings
-    for row, length in enumerate(lengths):
-        if not 0 < length < positions:
-            raise UserError(
-                f"prompt {row} has {length} tokens and the model {positions} positions, which"
-                " leaves no room for speech; shorten the text or the prompt's audio"
-            )
-    ends = np.minimum(lengths + np.broadcast_to(max_new_tokens, lengths.shape), positions)
-    if (ends <= lengths).any():
-        raise UserError(f"max_new_tokens is {max_new_tokens}; give a positive number")
-    tokens = np.zeros((len(prompts), _bucket(ends.max())), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    allowed = np.full(config.vocab_size, not settings.speech_only)
-    allowed[vocab.code_base : vocab.code_base + NUM_CODES] = True
-    allowed[vocab.speech_end] = True
-    tokens, ends, stopped, finite = jax.device_get(
-        _generate(
-            graphdef,
-            params,
-            tokens,
-            lengths,
-            ends,
-            allowed,
-            np.array([vocab.speech_end] if stop_ids is None else stop_ids),
-            jax.random.key(settings.seed),
-            prompt_slots=_bucket(lengths.max()),
-            # The seed only makes the key: as part of what is compiled for, each seed would compile
-            # again.
-            settings=dataclasses.replace(settings, seed=0),
-        )
-    )
-    if not finite.all():
-        raise UserError(
-            "the model's scores are not finite; its weights are damaged or training diverged: use"
-            " an earlier checkpoint"
-        )
-    new = [
-        tokens[row, start:end] for row, (start, end) in enumerate(zip(lengths, ends, strict=True))
-    ]
-    return [
-        Generated(vocab.codes_of(ids), ids, bool(by_itself))
-        for ids, by_itself in zip(new, stopped, strict=True)
-    ]
+    rows = Rows(graphdef, params, vocab, len(prompts), settings, stop_ids)
+    limits = np.broadcast_to(max_new_tokens, len(prompts))
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        rows.start([row], Request(prompt, int(limit), number=row, adapter=row))
+    while not rows.ended.all():
+        rows.advance(leave=len(prompts))
+    return [rows.result(row) for row in range(len(prompts))]
 
 
-def _bucket(length: int) -> int:
-    return max(SHORTEST_BUCKET, 1 << (int(length) - 1).bit_length())
-
-
-@partial(jax.jit, static_argnames=("graphdef", "prompt_slots", "settings"))
-def _generate(
-    graphdef,
-    params,
-    tokens_BS,
-    lengths_B,
-    ends_B,
-    allowed_V,
-    stop_ids,
-    key,
-    *,
-    prompt_slots,
-    settings,
-):
-    """Fills in `tokens` from `lengths` to `ends`. Returns them, where each row ended, whether by a
-    stop id, and whether soundly.
+def prompt_bucket(length: int) -> int:
+    """Slots for a prompt: the next power of two, which `PROMPT_BLOCK` divides or is a multiple
+    of.
     """
-    model = nnx.merge(graphdef, params)
-    rows = jnp.arange(tokens_BS.shape[0])
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-
-    prompt_BP, slots = tokens_BS[:, :prompt_slots], jnp.arange(prompt_slots)
-    seen_BV = jnp.zeros((len(rows), model.config.vocab_size), bool)
-    seen_BV = seen_BV.at[rows[:, None], prompt_BP].max(slots < lengths_B[:, None])
-    B, S = tokens_BS.shape
-    cache = Cache.empty(model.config, B, S, model.dtype)
-    hidden_BD, cache = _read_prompt(model, prompt_BP, lengths_B, cache)
-
-    def step(state):
-        scores_BV = model.logits(state["hidden"])
-        running = ~state["ended"]
-        finite = state["finite"] & (jnp.isfinite(scores_BV.max(-1)) | state["ended"])
-        keys = jax.vmap(jax.random.fold_in)(row_keys, state["at"])
-        new = draw(process(scores_BV, state["seen"], allowed_V, settings), keys, settings)
-        # An ended row stands still: it draws on, but nothing of that is kept.
-        at = jnp.where(running, state["at"], state["at"] - 1)
-        new = jnp.where(running, new, state["tokens"][rows, at])
-        stopped = state["stopped"] | (running & jnp.isin(new, stop_ids))
-        hidden, cache = model.decode(new[:, None], at[:, None], state["cache"])
-        return {
-            "hidden": hidden[:, 0],
-            "cache": cache,
-            "tokens": state["tokens"].at[rows, at].set(new),
-            "seen": state["seen"].at[rows, new].set(True),
-            "at": at + 1,
-            "ended": stopped | (at + 1 >= ends_B),
-            "stopped": stopped,
-            "finite": finite,
-        }
-
-    none = jnp.zeros_like(rows, bool)
-    start = {
-        "hidden": hidden_BD,
-        "cache": cache,
-        "tokens": tokens_BS,
-        "seen": seen_BV,
-        "at": lengths_B,
-        "ended": none,
-        "stopped": none,
-        "finite": ~none,
-    }
-    end = jax.lax.while_loop(lambda state: ~state["ended"].all(), step, start)
-    return end["tokens"], end["at"], end["stopped"], end["finite"]
+    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _read_prompt(model, prompt_BP, lengths_B, cache):
-    """Fills the cache with the prompts, a block at a time. Returns the hidden state [B, D] of each
-    prompt's last token, and the cache.
-    """
-    B, P = prompt_BP.shape
-    block = min(P, PROMPT_BLOCK)  # both are powers of two
-
-    def step(carry, start):
-        last_BD, cache = carry
-        slots = start + jnp.arange(block)
-        tokens = jax.lax.dynamic_slice_in_dim(prompt_BP, start, block, axis=1)
-        hidden, cache = model.decode(tokens, jnp.broadcast_to(slots, tokens.shape), cache)
-        at = jnp.clip(lengths_B - 1 - start, 0, block - 1)
-        is_here = (lengths_B - 1) // block == start // block
-        return (jnp.where(is_here[:, None], hidden[jnp.arange(B), at], last_BD), cache), None
-
-    none = jnp.zeros((B, model.config.hidden_size), model.dtype)
-    (last_BD, cache), _ = jax.lax.scan(step, (none, cache), jnp.arange(0, P, block))
-    return last_BD, cache
+def cache_bucket(length: int) -> int:
+    """Slots for a cache: the next power of two, or three quarters of it."""
+    whole = prompt_bucket(length)
+    return whole * 3 // 4 if whole > SHORTEST_BUCKET and length <= whole * 3 // 4 else whole

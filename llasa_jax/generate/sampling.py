@@ -89,12 +89,17 @@ def keep_top_p(scores_BV: jax.Array, p: float) -> jax.Array:
 
 
 def process(
-    scores_BV: jax.Array, seen_BV: jax.Array, allowed_V: jax.Array, settings: SamplingSettings
+    scores_BV: jax.Array,
+    seen_BV: jax.Array | None,
+    allowed_V: jax.Array,
+    settings: SamplingSettings,
 ) -> jax.Array:
     """All of the above that `settings` ask for, in HF's order. Greedy goes without temperature,
-    top-k and top-p, as in HF.
+    top-k and top-p, as in HF. `allowed` is bool [V], or [B, V] where rows differ; `seen` is needed
+    for a repetition penalty alone.
     """
     if settings.repetition_penalty != 1:
+        assert seen_BV is not None
         scores_BV = penalize_repetition(scores_BV, seen_BV, settings.repetition_penalty)
     scores_BV = keep_allowed(scores_BV, allowed_V)
     if settings.temperature == 0:
@@ -105,10 +110,27 @@ def process(
     return keep_top_p(scores_BV, settings.top_p) if settings.top_p < 1 else scores_BV
 
 
+def ban(scores_BV: jax.Array, ids_BR: jax.Array, banned_BR: jax.Array) -> jax.Array:
+    """Those of `ids` that are `banned` (bool [B, R]) cannot be drawn. An id below 0 is none."""
+    rows = jnp.arange(scores_BV.shape[0])[:, None]
+    ids_BR = jnp.where(banned_BR & (ids_BR >= 0), ids_BR, scores_BV.shape[-1])
+    return scores_BV.at[rows, ids_BR].set(-jnp.inf, mode="drop")
+
+
 def draw(scores_BV: jax.Array, keys_B: jax.Array, settings: SamplingSettings) -> jax.Array:
     """One token a row, int32 [B], from processed scores. A key for each row, so a row's draw
     depends on no other row.
+
+    One random number a row, looked up in the cumulative probabilities: `jax.random.categorical`
+    draws one for each token, which takes longer than the scores themselves do.
     """
     if settings.temperature == 0:
         return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys_B, scores_BV).astype(jnp.int32)
+    chances = jnp.exp(scores_BV - scores_BV.max(-1, keepdims=True))
+    below = jnp.cumsum(chances, axis=-1)
+    wanted = jax.vmap(jax.random.uniform)(keys_B)[:, None] * below[:, -1:]
+    # Sums are rounded, so that a token without any chance may seem to have one, and the last sum
+    # need not be the largest.
+    found = (below > wanted) & (chances > 0)
+    best = jnp.argmax(scores_BV, axis=-1)
+    return jnp.where(found.any(-1), jnp.argmax(found, axis=-1), best).astype(jnp.int32)

@@ -1,17 +1,18 @@
-"""From a text to speech: a model's folder, its prompts, the codec, and the file to write."""
+"""A loaded voice: texts to waves, for programs and for every command that speaks."""
 
 import math
-import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import soundfile
 from flax import nnx
 
 from llasa_jax.codec import DEFAULT_CODEC, Codec, load_codec
@@ -22,20 +23,293 @@ from llasa_jax.convert.model_folder import (
     read_description,
 )
 from llasa_jax.errors import UserError, printable
-from llasa_jax.generate.decode import Generated, generate_codes, plausible_limit
+from llasa_jax.generate.continuous import Job, Piece, run_continuous, run_each
+from llasa_jax.generate.decode import Request, Rows, plausible_limit, reading_seconds
 from llasa_jax.generate.sampling import SamplingSettings
+from llasa_jax.generate.search import Search
+from llasa_jax.generate.settings import SpeechSettings
+from llasa_jax.generate.sound import decode_pieces, set_loudness, trim_tail
+from llasa_jax.generate.texts import cut, normalize
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.lora import Adapter, join, put_on_devices, side_by_side
 from llasa_jax.model.sharding import abstract_params, make_mesh
-from llasa_jax.runtime.files import new_file
-from llasa_jax.runtime.storage import as_path, check_writable, is_remote
-from llasa_jax.speech.audio import read_audio, write_audio
-from llasa_jax.speech.prompts import Prompter
+from llasa_jax.runtime.storage import as_path
+from llasa_jax.speech.audio import read_audio
+from llasa_jax.speech.prompts import Prompter, join_texts
 from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.speech.vocab import CODES_PER_SECOND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LONGEST_NAME = 2000  # characters of a speaker, a language or a description
+
+
+@dataclass(frozen=True)
+class Line:
+    """A text to speak, and how.
+
+    `speaker`, `description` and `language` are what the prompt mentions, as in the training data.
+    `prompt_audio`, a recording of the voice to clone (a path, or a wave, float32 16 kHz), goes with
+    `prompt_text`, what it says; neither is in the speech. `adapter` is the place of one of the
+    `Speaker`'s. `id`, if there is one, picks the random numbers, so that a line is spoken alike
+    among whichever others; otherwise its place among the lines does.
+
+    Raises UserError for a name that no training data can have, and for half a voice to clone.
+    """
+
+    text: str
+    speaker: str = ""
+    description: str = ""
+    language: str = ""
+    prompt_audio: str | Path | np.ndarray | None = None
+    prompt_text: str = ""
+    adapter: int = 0
+    id: str = ""
+
+    def __post_init__(self):
+        for name, value in self.named.items():
+            if len(value) > LONGEST_NAME:
+                raise UserError(
+                    f"the {name} has {len(value):,} characters, more than {LONGEST_NAME:,}; give"
+                    f" the {name} as it is in the training data"
+                )
+            if printable(value) != value or value != value.strip():
+                raise UserError(
+                    f"the {name} {printable(value)!r} has line breaks, control characters or blanks"
+                    f" at its ends; give the {name} as it is in the training data"
+                )
+        if self.prompt_audio is not None and not self.prompt_text.strip():
+            what = "a wave" if isinstance(self.prompt_audio, np.ndarray) else self.prompt_audio
+            raise UserError(
+                f"{what}: cloning needs to know what the prompt says; give its transcript as"
+                " prompt text"
+            )
+        if self.prompt_text and self.prompt_audio is None:
+            raise UserError(
+                "prompt text was given without prompt audio; give the recording that says it, or"
+                " leave the text out"
+            )
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The fields that the prompt may mention."""
+        return {name: getattr(self, name) for name in ("speaker", "description", "language")}
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What was said of a line.
+
+    `codes` uint16, 50 a second; `wave` float32 (samples,), 16 kHz, without what was trimmed;
+    `stopped`: the model ended every piece by itself, not the limit; `tokens`: how many were drawn;
+    `logprob`: their mean log probability.
+    """
+
+    codes: np.ndarray
+    wave: np.ndarray
+    stopped: bool
+    tokens: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What was said of a line, before it is sound."""
+
+    prompt: np.ndarray
+    pieces: list[np.ndarray]
+    stopped: bool
+    tokens: int
+    logprob: float
+
+
+class Speaker:
+    """A model and a codec in memory. `Speaker.load` reads them from disk.
+
+    `graphdef` is a `Llama`'s and `params` its weights as a dict, which may lie sharded on a mesh;
+    `prompters` builds the prompts, one for each adapter where they differ. `rows` texts are spoken
+    at once, at most; each takes a row of the cache. `turn_end` is the id that ends a turn of chat,
+    which ends speech too where any token may be drawn.
+
+        speaker = Speaker.load("runs/llasa-1b")
+        (wave,) = speaker.speak(["Hello there."])
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: dict,
+        prompters: Prompter | Sequence[Prompter],
+        codec: Codec,
+        *,
+        rows: int = 8,
+        turn_end: int | None = None,
+    ):
+        self._graphdef, self._params, self.codec, self.rows = graphdef, params, codec, rows
+        self._prompters = [prompters] if isinstance(prompters, Prompter) else list(prompters)
+        self.vocab, self._turn_end = self._prompters[0].vocab, turn_end
+        # The last rows that were used: they hold a part of the head.
+        self._make_rows = lru_cache(maxsize=1)(partial(Rows, graphdef, params, self.vocab))
+        self._read_voice = lru_cache(maxsize=64)(self._encode_voice)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        codec: str | Path = DEFAULT_CODEC,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        step: int | None = None,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        tensor: int = 1,
+        adapters: Sequence[Adapter | None] = (),
+        rows: int = 8,
+    ) -> "Speaker":
+        """The model or run in the folder `model`, or of a hub id, and the codec in `codec`.
+
+        `dtype` is for weights and arithmetic; `step` picks a run's checkpoint, the latest by
+        default; `base` says where the base of a LoRA run lies now; `device` is the codec's (see
+        `load_codec`); `tensor` is how many devices share the weights. Several `adapters` are loaded
+        side by side, and a line names its own by its place; None is no adapter.
+
+        Raises UserError for a folder that holds no model, and for a codec that the model was not
+        trained with.
+        """
+        distinct = list({id(adapter): adapter for adapter in adapters}.values())
+        graphdef, params, prompter, tokenizer = load(
+            as_path(model), dtype, step, tensor, adapters if len(distinct) > 1 else distinct, base
+        )
+        prompters = [
+            Prompter(tokenizer, PromptSettings(**adapter.prompt))
+            if adapter and adapter.prompt
+            else prompter
+            for adapter in adapters
+        ]
+        turn_end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        assert isinstance(turn_end, int)  # of one token: a list is of several
+        voice = load_codec(codec, device)
+        _check_codec(as_path(model), voice)
+        return cls(graphdef, params, prompters or prompter, voice, rows=rows, turn_end=turn_end)
+
+    def check(self, line: Line) -> None:
+        """UserError where the text of `line` cannot be spoken."""
+        self._prompters[line.adapter].opening(line.text, **line.named)
+
+    def speak(
+        self,
+        lines: Iterable[str | Line],
+        sampling: SamplingSettings | None = None,
+        settings: SpeechSettings | None = None,
+        search: Search | None = None,
+    ) -> list[np.ndarray]:
+        """The waves of `lines`, float32 (samples,), 16 kHz. A line without speech has no samples.
+
+        Raises UserError where a text cannot be spoken, as where it is empty or too long.
+        """
+        said = dict(self.say(lines, sampling, settings, search))
+        return [said[place].wave for place in range(len(said))]
+
+    def say(
+        self,
+        lines: Iterable[str | Line],
+        sampling: SamplingSettings | None = None,
+        settings: SpeechSettings | None = None,
+        search: Search | None = None,
+    ) -> Iterator[tuple[int, Speech]]:
+        """(place, speech) of `lines`, as they end. Lines are read only when a row is free for them,
+        so there may be any number, and codes become sound in a thread meanwhile.
+
+        With a `search` one line is spoken at a time, by all rows, and the best one is kept.
+        """
+        sampling, settings = sampling or SamplingSettings(), settings or SpeechSettings()
+        stop_ids = [self.vocab.speech_end]
+        if not sampling.speech_only and self._turn_end is not None:
+            stop_ids.append(self._turn_end)
+        rows = self._make_rows(
+            self.rows if search is None else search.rows,
+            replace(sampling, seed=0),
+            tuple(stop_ids),
+            round(settings.loop_seconds * CODES_PER_SECOND),
+        )
+        rows.seed(sampling.seed)
+        jobs = (
+            (place, self._job(place, Line(line) if isinstance(line, str) else line, settings))
+            for place, line in enumerate(lines)
+        )
+        if search is None:
+            ends = run_continuous(rows, jobs)
+        else:
+            search.check(sampling)
+            ends = run_each(partial(search.run, rows, self.codec), jobs)
+        with ThreadPoolExecutor(1) as pool:
+            sounds: deque = deque()
+            for place, said in ends:
+                sounds.append((place, pool.submit(self._sound, said, settings)))
+                while sounds and (sounds[0][1].done() or len(sounds) > rows.count):
+                    place, sound = sounds.popleft()
+                    yield place, sound.result()
+            for place, sound in sounds:
+                yield place, sound.result()
+
+    def _job(self, place: int, line: Line, settings: SpeechSettings) -> Job[_Said]:
+        """Speaks a line, piece by piece, each after the one before it."""
+        prompter = self._prompters[line.adapter]
+        text = normalize(line.text, settings.normalize) if settings.normalize else line.text
+        prompter.opening(text, **line.named)  # before audio is read, in case the text is refused
+        wave, prompt_codes = self._voice(line)
+        number = zlib.crc32(line.id.encode()) & 0x7FFFFFFF if line.id else place
+        pieces: list[np.ndarray] = []
+        results, before = [], ""
+        for at, part in enumerate(cut(text, settings.piece_seconds, settings.normalize)):
+            context = np.concatenate([prompt_codes, *pieces[-1:]])
+            prompt = prompter.opening(
+                part,
+                **line.named,
+                prompt_text=join_texts(line.prompt_text, before),
+                prompt_codes=context,
+            )
+            limit = math.ceil(settings.max_seconds * CODES_PER_SECOND) or plausible_limit(part)
+            shortest = math.ceil(reading_seconds(part) * CODES_PER_SECOND / settings.fastest)
+            if at:  # each piece has random numbers of its own
+                number = zlib.crc32(f"{number} {at}".encode()) & 0x7FFFFFFF
+            request = Request(prompt, limit, max(1, min(shortest, limit - 1)), number, line.adapter)
+            result = yield Piece(request, part, context, wave)
+            pieces.append(result.codes)
+            results.append(result)
+            before = part
+        tokens = sum(len(result.tokens) for result in results)
+        return _Said(
+            prompt_codes,
+            pieces,
+            all(result.stopped for result in results),
+            tokens,
+            sum(result.logprob * len(result.tokens) for result in results) / max(1, tokens),
+        )
+
+    def _voice(self, line: Line) -> tuple[np.ndarray | None, np.ndarray]:
+        """The wave and the codes of the voice to clone."""
+        if line.prompt_audio is None:
+            return None, np.empty(0, np.uint16)
+        if isinstance(line.prompt_audio, np.ndarray):
+            return line.prompt_audio, self.codec.encode([line.prompt_audio])[0]
+        return self._read_voice(str(line.prompt_audio))
+
+    def _encode_voice(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        wave = read_audio(path)
+        return wave, self.codec.encode([wave])[0]
+
+    def _sound(self, said: _Said, settings: SpeechSettings) -> Speech:
+        codes = np.concatenate(said.pieces)
+        wave = np.empty(0, np.float32)
+        if len(codes):
+            rate = self.codec.sample_rate
+            wave = decode_pieces(self.codec, said.prompt, said.pieces)
+            wave = trim_tail(wave, settings.tail_seconds, rate)
+            if settings.loudness:
+                wave = set_loudness(wave, settings.loudness, rate)
+        return Speech(codes, wave, said.stopped, said.tokens, said.logprob)
 
 
 def load(
@@ -94,124 +368,6 @@ def load(
     return nnx.graphdef(model), params, prompter, tokenizer
 
 
-LONGEST_NAME = 2000  # characters of a speaker, a language or a description
-
-
-@dataclass(frozen=True)
-class Line:
-    """A text to speak, the file to write and, beside the model, the adapter to speak with."""
-
-    text: str
-    out: Path
-    adapter: Adapter | None = None
-
-
-def generate(
-    model: Path,
-    lines: Sequence[Line],
-    *,
-    codec: str | Path = DEFAULT_CODEC,
-    prompt_audio: Path | None = None,
-    prompt_text: str | None = None,
-    speaker: str = "",
-    description: str = "",
-    language: str = "",
-    sampling: SamplingSettings | None = None,
-    max_seconds: float | None = None,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    step: int | None = None,
-    base: str | Path | None = None,
-    device: str = "cpu",
-    tensor: int = 1,
-) -> list[Generated]:
-    """Says each of `lines` with the model or run in the folder `model`, all in one batch, writes 16
-    kHz mono and prints a line about it.
-
-    `prompt_audio`, a recording of the voice to clone, goes with `prompt_text`, what it says;
-    neither is in `out`. The speech is cut at `max_seconds`, by default at `plausible_limit`.
-    `dtype` is for weights and arithmetic, `device` is the codec's, for PyTorch. An `out` that
-    exists is replaced once the new speech is whole. Raises UserError for bad input and where no
-    speech comes.
-    """
-    sampling = sampling or SamplingSettings()
-    for line in lines:
-        _check_request(as_path(line.out), prompt_audio, prompt_text, max_seconds)
-    _check_names({"speaker": speaker, "description": description, "language": language})
-    outs = [str(line.out) if is_remote(line.out) else os.path.realpath(line.out) for line in lines]
-    if twice := {out for out in outs if outs.count(out) > 1}:
-        raise UserError(f"{min(twice)} is given twice as the file to write; give each text its own")
-    wave = None if prompt_audio is None else read_audio(prompt_audio)
-    graphdef, params, model_prompter, tokenizer = load(
-        model, dtype, step, tensor, [line.adapter for line in lines], base
-    )
-    # Before the codec, which takes longer to load, in case a text is refused.
-    conditions = {"speaker": speaker, "description": description, "language": language}
-    of_adapters = [line.adapter and line.adapter.prompt for line in lines]
-    prompters = [
-        Prompter(tokenizer, PromptSettings(**prompt)) if prompt else model_prompter
-        for prompt in of_adapters
-    ]
-    for line, prompter in zip(lines, prompters, strict=True):
-        prompter.opening(line.text, **conditions)
-    voice = load_codec(codec, device)
-    _check_codec(model, voice)
-    prompt_codes = np.empty(0, np.uint16) if wave is None else voice.encode([wave])[0]
-    prompts = [
-        prompter.opening(
-            line.text, **conditions, prompt_text=prompt_text or "", prompt_codes=prompt_codes
-        )
-        for line, prompter in zip(lines, prompters, strict=True)
-    ]
-    limits = [
-        (
-            plausible_limit(line.text)
-            if max_seconds is None
-            else math.ceil(max_seconds * CODES_PER_SECOND)
-        )
-        for line in lines
-    ]
-    stop_ids = [model_prompter.vocab.speech_end]
-    if not sampling.speech_only:
-        turn_end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-        assert isinstance(turn_end, int)  # of one token: a list is of several
-        stop_ids.append(turn_end)
-
-    started = time.perf_counter()
-    results = generate_codes(
-        graphdef, params, prompts, model_prompter.vocab, limits, sampling, stop_ids
-    )
-    took = time.perf_counter() - started
-    for line, result in zip(lines, results, strict=True):
-        _write(as_path(line.out), result, prompt_codes, voice, took)
-    return results
-
-
-def _write(
-    out: Path, result: Generated, prompt_codes: np.ndarray, voice: Codec, took: float
-) -> None:
-    if not len(result.codes):
-        raise UserError(
-            f"the model ended before any speech, so {out} was not written; try another seed or a"
-            " higher temperature"
-        )
-
-    # Decoded with the prompt, so that the first new codes sound as they do in context.
-    spoken = voice.decode(np.concatenate([prompt_codes, result.codes]))[
-        len(prompt_codes) * voice.hop :
-    ]
-    with new_file(out) as partial_out:
-        write_audio(partial_out, spoken, voice.sample_rate)
-    ending = (
-        "stopped by itself"
-        if result.stopped
-        else f"cut at the limit of {len(result.tokens)} tokens"
-    )
-    print(
-        f"{out}: {len(spoken) / voice.sample_rate:.2f} s of speech, {ending}; {len(result.codes)}"
-        f" codes in {took:.1f} s ({len(result.codes) / took:.0f} a second, compilation included)"
-    )
-
-
 def _check_codec(model: Path, voice: Codec) -> None:
     """Raises UserError where `voice` is not the codec of the model's training data."""
     _, source = read_description(model)
@@ -222,45 +378,3 @@ def _check_codec(model: Path, voice: Codec) -> None:
             f" {voice.name} is another codec ({voice.fingerprint}) and would make noise of them;"
             f" give --codec {trained['codec']}"
         )
-
-
-def _check_names(names: dict[str, str]) -> None:
-    """Raises UserError for a speaker, description or language that no training data can have."""
-    for name, value in names.items():
-        if len(value) > LONGEST_NAME:
-            raise UserError(
-                f"the {name} has {len(value):,} characters, more than {LONGEST_NAME:,}; give the"
-                f" {name} as it is in the training data"
-            )
-        if printable(value) != value or value != value.strip():
-            raise UserError(
-                f"the {name} {printable(value)!r} has line breaks, control characters or blanks at"
-                f" its ends; give the {name} as it is in the training data"
-            )
-
-
-def _check_request(
-    out: Path, prompt_audio: Path | None, prompt_text: str | None, max_seconds: float | None
-) -> None:
-    check_writable(out.parent)
-    if not is_remote(out) and not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} does not exist; make it first")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file in it, such as {out / 'speech.wav'}")
-    if out.suffix[1:].upper() not in soundfile.available_formats():
-        raise UserError(
-            f"{out}: audio is not written as {out.suffix or 'a file without suffix'}; name it .wav"
-            " or .flac"
-        )
-    if prompt_audio is not None and not (prompt_text or "").strip():
-        raise UserError(
-            f"{prompt_audio}: cloning needs to know what the prompt says; give its transcript as"
-            " prompt text"
-        )
-    if prompt_text and prompt_audio is None:
-        raise UserError(
-            "prompt text was given without prompt audio; give the recording that says it, or leave"
-            " the text out"
-        )
-    if max_seconds is not None and not 0 < max_seconds < math.inf:
-        raise UserError(f"max_seconds is {max_seconds}; give a positive number of seconds")
