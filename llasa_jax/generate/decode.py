@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+import llasa_jax.generate.steps as steps
 from llasa_jax.errors import UserError
-from llasa_jax.generate import steps
 from llasa_jax.generate.sampling import SamplingSettings
 from llasa_jax.generate.steps import STEPS
 from llasa_jax.model.sharding import RULES
