@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 
 from llasa_jax.errors import UserError
+from llasa_jax.runtime import storage
 from llasa_jax.runtime.files import new_file
+from llasa_jax.runtime.storage import is_remote
 
 
 def reason_of(error: Exception) -> str:
@@ -47,7 +49,10 @@ class BadList:
     def publish(self) -> None:
         """Writes the file; without lines, removes one that an earlier run has left."""
         if not self._lines.tell():
-            self.path.unlink(missing_ok=True)
+            if is_remote(self.path):
+                storage.remove(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
             return
         self._lines.seek(0)
         with new_file(self.path) as partial, partial.open("w", encoding="utf-8") as file:

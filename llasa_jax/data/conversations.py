@@ -5,11 +5,11 @@
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.copies import local_copy
 from llasa_jax.speech.prompts import Conversation
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -25,13 +25,13 @@ class Conversations(Sequence[Conversation]):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._path = Path(path)
+        self._path = local_copy(path)
         if not self._path.is_file():
             raise UserError(f"{path}: no such file; give a .jsonl file of conversations")
         with self._path.open("rb") as file:
             lengths, blank = (
                 zip(*((len(line), not line.strip()) for line in file), strict=True)
-                if os.path.getsize(path)
+                if os.path.getsize(self._path)
                 else ((), ())
             )
         ends = np.cumsum(lengths, dtype=np.int64)

@@ -15,6 +15,7 @@ from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_impor
 from llasa_jax.data.manifest import Clip, assign_splits, file_key, read_transcripts
 from llasa_jax.data.seal import identity
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.copies import local_copy
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 MAX_BYTES = 2**27  # of a clip's file of codes: 90 hours even as int64
@@ -39,7 +40,7 @@ def import_codes(
     are Llasa's token ids. `validation_share` and `seed` are those of `encode`. Transcripts without
     codes, and codes without a transcript, count as bad. Raises UserError as `write_import` does.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     clips = read_transcripts(transcripts, columns)
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share is {validation_share}; give a share in [0, 1).")

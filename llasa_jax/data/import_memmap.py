@@ -21,6 +21,7 @@ from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_impor
 from llasa_jax.data.manifest import file_key
 from llasa_jax.data.seal import identity
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.copies import local_copy
 from llasa_jax.speech.vocab import (
     SPEECH_GENERATION,
     TEXT_UNDERSTANDING,
@@ -52,7 +53,7 @@ def import_memmap(
     stay. Rows whose text encodes to other ids than the file's are kept, and listed. Raises
     UserError for files that are missing or do not fit their shape, and for another tokenizer's ids.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     files = sorted(folder.glob(f"*{ENDING}"))
     if not files:
         raise UserError(

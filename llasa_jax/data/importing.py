@@ -6,13 +6,13 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llasa_jax.codec import HOP
 from llasa_jax.data.bad_list import BadList
 from llasa_jax.data.builder import checked_codes, checked_text, write_dataset
 from llasa_jax.data.seal import is_made
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.storage import absolute
 from llasa_jax.speech.audio import SAMPLE_RATE
 from llasa_jax.speech.vocab import CODES_PER_SECOND
 
@@ -62,7 +62,7 @@ def write_import(
     the same, nothing is written. Raises UserError and writes no dataset if more than
     `max_bad_share` of a split is bad, or all of it is left out.
     """
-    out = Path(os.path.abspath(out))
+    out = absolute(out)
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"max_bad_share is {max_bad_share}; give a share between 0 and 1.")
     if (summary := is_made(out, made_from)) is not None:

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from llasa_jax.errors import UserError, listed
+from llasa_jax.runtime import storage
+from llasa_jax.runtime.copies import local_copy
+from llasa_jax.runtime.storage import as_path, is_remote
 from llasa_jax.speech.audio import tar_member
 
 FIELDS = ("audio", "text", "id", "speaker", "description", "language", "split")
@@ -54,7 +57,7 @@ def read_manifest(path: str | os.PathLike, columns: str = "") -> list[Clip]:
     its path without suffix. Ids are unique. Raises `UserError` naming the line for anything else,
     and for a manifest that is missing or has no utterance.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such manifest; give a .jsonl file, or LJSpeech's metadata.csv."
@@ -68,7 +71,7 @@ def read_transcripts(path: str | os.PathLike, columns: str = "") -> list[Clip]:
     Both are those of `read_manifest`, but a JSONL line needs no `audio` where it has an `id`.
     Raises `UserError` as `read_manifest` does.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise UserError(
             f"{path}: no such file of transcripts; give `id|text` lines, or a .jsonl file."
@@ -98,8 +101,15 @@ def assign_splits(utterances: list[Clip], validation_share: float, seed: int) ->
 def file_key(path: str | os.PathLike) -> tuple[str, int, int]:
     """An audio file's absolute path, size in bytes and time of change; -1 where it is not there.
 
-    Bytes of the path that are not UTF-8 are escaped, as databases and JSON take text only.
+    Bytes of the path that are not UTF-8 are escaped, as databases and JSON take text only. What
+    lies in a bucket is as it was when this process first looked into its folder.
     """
+    if is_remote(path):
+        member = tar_member(path)
+        entry = storage.known_entry(member.tar if member else path)
+        if entry is None:
+            return os.fspath(path), -1, -1
+        return os.fspath(path), member.size if member else entry.size, entry.changed
     path = os.path.abspath(path)
     name = os.fsencode(path).decode("utf-8", "backslashreplace")
     member = tar_member(path)
@@ -146,11 +156,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Where each line of a text that is not blank stands, and the line, which may end in LF, CR LF
     or CR. UserError for a text that is not UTF-8.
     """
-    with path.open("rb") as raw:
+    local = local_copy(path)
+    with local.open("rb") as raw:
         start = raw.read(4)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         raise UserError(f"{path}: is UTF-16 text (as PowerShell's > writes it); save it as UTF-8.")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
+    with local.open(encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             if not line.isascii() and re.search("[\udc80-\udcff]", line):
@@ -174,8 +185,13 @@ def _clips(path: Path, rows: Rows) -> list[Clip]:
             )
         first_line[row_id] = where.rsplit(", ", 1)[1]
         others = {key: value for key, value in row.items() if key not in ("audio", "id")}
-        clips.append(Clip(audio=path.parent / row["audio"], id=row_id, **others))
+        clips.append(Clip(audio=_beside(path, row["audio"]), id=row_id, **others))
     return clips
+
+
+def _beside(manifest: Path, audio: str) -> Path:
+    """Where a manifest's audio lies: relative to its folder, or as it says, in a bucket too."""
+    return as_path(audio) if is_remote(audio) else manifest.parent / audio
 
 
 # JSONL

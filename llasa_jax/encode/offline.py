@@ -1,12 +1,14 @@
 """Offline encoding: audio and text become a dataset of codes, crash-safe and resumable.
 
 It is the `Encoder` of online training over every clip of a source. Codes go into a journal,
-`<out>.partial/journal.sqlite`, as they are made; the dataset is built from it when all are there.
+`<out>.partial/journal.sqlite` (see `journal_folder`), as they are made; the dataset is built from
+it when all are there.
 """
 
 import dataclasses
 import os
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +25,8 @@ from llasa_jax.encode.planned import PlannedClips, Skipped, planned
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.copies import cache_folder
+from llasa_jax.runtime.storage import absolute, check_writable, is_remote
 
 MAX_CLIP_SECONDS = OnlineSettings().max_clip_seconds
 AHEAD = 1024  # clips to choose from, for those of one length to be encoded together
@@ -91,8 +95,9 @@ def encode_audio(
     all, or all; also if `out` holds anything else or another run is writing it.
     """
     _check(max_bad_share, batch_seconds, workers, max_clip_seconds)
-    out = Path(os.path.abspath(out))
-    partial, bad_list = _beside(out, "partial"), BadList(_beside(out, "bad.jsonl"))
+    out = absolute(out)
+    check_writable(out.parent)
+    partial, bad_list = journal_folder(out), BadList(_beside(out, "bad.jsonl"))
     check_unfinished(out)  # before the codec is loaded
     if isinstance(codec, str | os.PathLike):
         codec = load_codec(codec, device)
@@ -218,6 +223,15 @@ def _look(
             yield tuple(getattr(utterance, name) for name in TEXTS)
 
     return good, identity("encode", codec.fingerprint, max_clip_seconds, rows())
+
+
+def journal_folder(out: Path) -> Path:
+    """Where the journal of a dataset that is being made lies: beside it, or for one in a bucket
+    among this machine's copies of what is there.
+    """
+    if not is_remote(out):
+        return _beside(out, "partial")
+    return cache_folder() / f"{out.name}-{sha256(str(out).encode()).hexdigest()[:16]}.partial"
 
 
 def _beside(out: Path, suffix: str) -> Path:

@@ -12,6 +12,8 @@ from llasa_jax.data.manifest import assign_splits, file_key, read_manifest
 from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.copies import local_copy
+from llasa_jax.runtime.storage import as_path, is_remote
 from llasa_jax.speech.audio import audio_samples, read_audio
 from llasa_jax.speech.prompts import Utterance
 
@@ -68,7 +70,8 @@ def open_audio(path: str, online: OnlineSettings) -> AudioSource:
     from llasa_jax.encode.tfds_table import is_tfds_folder, open_tfds_audio
 
     shares = online.validation_share, online.split_seed
-    is_manifest = Path(path).suffix.lower() in (".jsonl", ".json", ".csv") or Path(path).is_file()
+    suffix = as_path(path).suffix.lower()
+    is_manifest = suffix in (".jsonl", ".json", ".csv") or as_path(path).is_file()
     if is_manifest and not path.startswith("tfds:"):
         return ManifestAudio(path, *shares, online.columns)
     columns = parse_columns(online.columns, "data.online.columns") if online.columns else {}
@@ -77,6 +80,7 @@ def open_audio(path: str, online: OnlineSettings) -> AudioSource:
             f"data.online.columns {online.columns} names codes, but online training makes them;"
             " name the column of audio."
         )
+    path = os.fspath(local_copy(path)) if is_remote(path) else path
     if path.startswith("tfds:") or is_tfds_folder(path):
         return _faultless(open_tfds_audio(path.removeprefix("tfds:"), columns, *shares))
     name, _, config = (path, "", "") if os.path.exists(path) else path.partition(":")

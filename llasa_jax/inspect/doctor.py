@@ -23,6 +23,7 @@ from llasa_jax.inspect.findings import Finding
 from llasa_jax.inspect.model_checks import check_codec, check_tokenizer
 from llasa_jax.inspect.record_checks import check_scans
 from llasa_jax.inspect.scan import check_sample, scan
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.train.progress import say
 from llasa_jax.train.settings import Settings
@@ -54,7 +55,7 @@ def doctor(
     check_sample(sample)
     findings: list[Finding] = []
     tokenizer = None
-    model = Path(settings.model.path)
+    model = as_path(settings.model.path)
     try:
         tokenizer = load_tokenizer(model)
         findings += check_tokenizer(model, tokenizer)

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TextIO
 
 import numpy as np
@@ -20,6 +19,7 @@ from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.encode.planned import PlannedClips
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import printable
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.prompts import Prompter
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.settings import Settings
@@ -45,7 +45,7 @@ def preview(
     and -100 elsewhere.
     """
     out = out or sys.stdout
-    tokenizer = load_tokenizer(Path(settings.model.path))
+    tokenizer = load_tokenizer(as_path(settings.model.path))
     codec = None
     if any(isinstance(data, PlannedClips) for data in records):
         online = settings.data.online

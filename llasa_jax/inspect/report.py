@@ -18,7 +18,9 @@ from llasa_jax.inspect.record_checks import check_scans
 from llasa_jax.inspect.scan import Scan, check_sample, repeated_codes, scan, suspicious_pace
 from llasa_jax.pages import Card, pictures, render
 from llasa_jax.pages.pictures import number, span
+from llasa_jax.runtime import storage
 from llasa_jax.runtime.files import parse_json, read_text, write_whole
+from llasa_jax.runtime.storage import absolute, as_path
 from llasa_jax.speech.prompts import Prompter, Utterance
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES
 
@@ -46,7 +48,7 @@ def report(
         raise UserError(
             f"the row length is {max_length} tokens; give 1 to {MAX_LENGTH:,} (--max-length)"
         )
-    folder = Path(os.path.abspath(folder))
+    folder = absolute(folder)
     _check_writable(os.fspath(out))
     metadata = read_metadata(folder)
     records = {
@@ -79,20 +81,21 @@ def report(
     ]
     page = render(folder.name, about, _tiles(scans), cards)
     try:
-        write_whole(Path(out), page)
+        write_whole(as_path(out), page)
     except OSError as error:
         raise UserError(
             f"{out}: the page cannot be written ({first_line(error)}); give another file as --out"
         ) from None
-    return Path(out)
+    return as_path(out)
 
 
 def _check_writable(out: str) -> None:
     """UserError where the page would find no folder, before the minutes that it takes to make."""
-    path = Path(out)
+    path = as_path(out)
+    storage.check_writable(path.parent)
     if not out or path.is_dir():
         raise UserError(f"--out is {out!r}; give the name of a file, as report.html")
-    if not path.parent.is_dir():
+    if not storage.is_remote(path) and not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder for the page; make it, or change --out")
 
 

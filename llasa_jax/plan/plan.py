@@ -8,7 +8,6 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from math import ceil, inf, prod
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -27,6 +26,7 @@ from llasa_jax.runtime.hardware import (
     Device,
     parse_topology,
 )
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.vocab import CODES_PER_SECOND
 from llasa_jax.train.offload import check_host_memory
 from llasa_jax.train.optimizer import make_optimizer
@@ -90,7 +90,7 @@ def model_geometry(model: str | None, settings: Settings) -> ModelConfig:
     if model in MODELS:
         return MODELS[model]
     source = model or settings.model.path
-    if Path(source).exists() and not Path(source).is_dir():
+    if as_path(source).exists() and not as_path(source).is_dir():
         raise UserError(f"{source} is a file, not a model's folder; name a folder")
     try:
         return model_folder.open_model(source, weights=False).config
@@ -206,15 +206,15 @@ def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> flo
     if speech_hours:
         return speech_hours * 3600 * CODES_PER_SECOND * TOKENS_PER_CODE
     paths = [
-        Path(settings.model.path),
-        *(Path(source.path) for source in settings.sources),
+        as_path(settings.model.path),
+        *(as_path(source.path) for source in settings.sources),
     ]
     if not all(path.exists() for path in paths):
         return None
     from llasa_jax.data.batching import measure, sources_of
     from llasa_jax.encode.mixture import open_sources
 
-    tokenizer = model_folder.load_tokenizer(Path(settings.model.path))
+    tokenizer = model_folder.load_tokenizer(settings.model.path)
     records, _ = open_sources(settings.sources, settings.data.online)
     fit = measure(
         sources_of(settings.sources, tokenizer, records),

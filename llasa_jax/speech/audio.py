@@ -17,6 +17,8 @@ import soundfile
 import soxr
 
 from llasa_jax.errors import UserError
+from llasa_jax.runtime import storage
+from llasa_jax.runtime.storage import is_remote
 from llasa_jax.speech import ffmpeg, headers
 
 SAMPLE_RATE = 16000  # Hz, the only rate XCodec2 knows
@@ -148,6 +150,8 @@ def tar_member(path: str | os.PathLike) -> TarMember | None:
 @contextlib.contextmanager
 def _opened(audio: str | os.PathLike | bytes, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """The open file and its size in bytes. UserError if there is no such file, or nothing in it."""
+    if not isinstance(audio, bytes) and is_remote(audio):
+        audio = _from_bucket(audio, name)
     member = None if isinstance(audio, bytes) else tar_member(audio)
     if isinstance(audio, bytes):
         size = len(audio)
@@ -174,6 +178,22 @@ def _opened(audio: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Binar
                 raise file.error
 
 
+def _from_bucket(path: str | os.PathLike, name: str) -> bytes:
+    member = tar_member(path)
+    try:
+        if member:
+            return storage.read_bytes(member.tar, member.offset, member.offset + member.size)
+        return storage.read_bytes(path)
+    except FileNotFoundError:
+        raise _missing(name) from None
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        f"{name}: no such audio file; correct the path, or take the clip out of the manifest."
+    )
+
+
 def _file_size(path: str | os.PathLike, name: str) -> int:
     try:
         status = os.stat(path)
@@ -184,9 +204,7 @@ def _file_size(path: str | os.PathLike, name: str) -> int:
             raise
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):  # to read a FIFO may wait for ever
-        raise UserError(
-            f"{name}: no such audio file; correct the path, or take the clip out of the manifest."
-        )
+        raise _missing(name)
     return status.st_size
 
 
