@@ -1,11 +1,23 @@
 """Runs in a bucket: the same numbers as on this machine, and what is left of a killed one."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+
 import pytest
+from places import FIXTURES
 from tiny_run import losses, make_clips, make_model, settings_for
 
+from llasa_jax.convert.model_folder import saved_steps
+from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
+from llasa_jax.finetune import check_buckets
+from llasa_jax.model.settings import ModelSettings
 from llasa_jax.runtime import storage
 from llasa_jax.runtime.bucket_files import upload
+from llasa_jax.runtime.claims import Claim
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.train.loop import train
 
@@ -19,8 +31,19 @@ def model(tmp_path_factory):
 def reference(model, tmp_path_factory):
     """The losses of a run on this machine."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    train(settings_for(model, run, train={"keep": 1}), [make_clips()], [make_clips()[:3]])
+    assert started(model, run).wait() == 0
     return losses(run)
+
+
+def started(model, out):
+    """`tiny_run` in a process with one device."""
+    command = [sys.executable, str(FIXTURES / "tiny_run.py"), str(model), str(out)]
+    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+
+
+def settings(model, out, **train):
+    """As `tiny_run` has them, for the eight devices here."""
+    return settings_for(model, out, train={"keep": 1} | train)
 
 
 def bucket_losses(run):
@@ -29,18 +52,62 @@ def bucket_losses(run):
 
 def test_a_run_in_a_bucket(bucket, model, reference):
     upload(model, f"{bucket}/model", "model.json")
-    settings = settings_for(f"{bucket}/model", f"{bucket}/run", train={"keep": 1})
-    train(settings, [make_clips()], [make_clips()[:3]])
-    assert bucket_losses(f"{bucket}/run") == reference
-    names = storage.entries(f"{bucket}/run")
+    run = f"{bucket}/run"
+    assert started(f"{bucket}/model", run).wait() == 0
+    assert bucket_losses(run) == reference
+    names = storage.entries(run)
     assert {"settings.yaml", "model.json", "hf/tokenizer.json"} <= set(names)
     assert [name for name in names if name.startswith("tensorboard/")]
     assert not [name for name in names if name.startswith(".claims")]
-    steps = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
-    assert steps == {"6"}
+    assert saved_steps(run) == [6]
     # It is done: the same command does nothing, and other settings are refused.
-    train(settings, [make_clips()], [make_clips()[:3]])
-    assert bucket_losses(f"{bucket}/run") == reference
-    other = settings_for(f"{bucket}/model", f"{bucket}/run", train={"keep": 1, "rows": 8})
+    train(settings(f"{bucket}/model", run), [make_clips()], [make_clips()[:3]])
+    assert bucket_losses(run) == reference
     with pytest.raises(UserError, match="made with other settings"):
-        train(other, [make_clips()], [make_clips()[:3]])
+        train(settings(f"{bucket}/model", run, rows=8), [make_clips()], [make_clips()[:3]])
+    with Claim(run, "training"), pytest.raises(UserError, match="another process"):
+        train(settings(f"{bucket}/model", run), [make_clips()], [make_clips()[:3]])
+
+
+def test_a_run_in_a_bucket_that_is_killed_as_it_saves_goes_on(bucket, model, reference):
+    run = f"{bucket}/run"
+    with started(model, run) as process:
+        while not any(name.startswith("checkpoints/4/") for name in storage.entries(run)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert any(name.startswith(".claims/") for name in storage.entries(run))
+    assert saved_steps(run) in ([2], [2, 4], [4])
+    assert started(model, run).wait() == 0
+    assert bucket_losses(run) == reference
+    assert saved_steps(run) == [6]
+    assert not [name for name in storage.entries(run) if name.startswith("checkpoints/4")]
+
+
+def test_buckets_are_looked_at_before_anything_is_loaded(bucket, model):
+    def refused(**changes):
+        ours = dataclasses.replace(settings(model, f"{bucket}/run"), **changes)
+        with pytest.raises(UserError) as error:
+            check_buckets(ours)
+        return str(error.value)
+
+    elsewhere = ModelSettings(path="gs://no-such/model", loss_chunk=32)
+    assert "the model is not there, for there is no bucket" in refused(model=elsewhere)
+    assert "gs://read-only: access denied" in refused(out="gs://read-only/run")
+    assert "there is no bucket gs://no-such" in refused(out="gs://no-such/run")
+    assert "written to a folder of this machine or to gs://" in refused(out="s3://bucket/run")
+    data = DataSettings(path=f"{bucket}/none", max_length=128)
+    assert f"{bucket}/none: the dataset is not there; check the path" in refused(data=data)
+
+
+def test_damage_in_a_bucket_is_passed_over(bucket, model):
+    run = f"{bucket}/run"
+    train(settings(model, run, keep=2), [make_clips()], [make_clips()[:3]])
+    before = bucket_losses(run)
+    assert saved_steps(run) == [4, 6]
+    storage.write_bytes(f"{run}/checkpoints/6/about/metadata", b"{")
+    with pytest.warns(UserWarning, match="checkpoint of step 6 is damaged and is passed over"):
+        train(settings(model, run, keep=2), [make_clips()], [make_clips()[:3]])
+    assert bucket_losses(run) == before
+    assert saved_steps(run) == [4, 6]
+    assert any(name.startswith("damaged/6/") for name in storage.entries(run))
