@@ -1,13 +1,12 @@
 """Runs in a bucket: the same numbers as on this machine, and what is left of a killed one."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 import time
 
 import pytest
-from places import FIXTURES
+from places import FIXTURES, environment
 from tiny_run import losses, make_clips, make_model, settings_for
 
 from llasa_jax.convert.model_folder import saved_steps
@@ -38,7 +37,7 @@ def reference(model, tmp_path_factory):
 def started(model, out):
     """`tiny_run` in a process with one device."""
     command = [sys.executable, str(FIXTURES / "tiny_run.py"), str(model), str(out)]
-    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+    return subprocess.Popen(command, env=environment(1))
 
 
 def settings(model, out, **train):
