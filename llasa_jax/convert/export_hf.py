@@ -15,12 +15,14 @@ from llasa_jax.convert.hf_files import (
     CONFIG,
     TOKENIZER_FILES,
     copy_small_files,
+    locate,
     read_json,
     speaks,
     vocabulary,
     write_generation_config,
     write_json,
 )
+from llasa_jax.convert.made import MADE_FROM, identity, is_made, state_of
 from llasa_jax.convert.merge import merged_reader
 from llasa_jax.convert.model_card import model_card
 from llasa_jax.convert.model_folder import (
@@ -67,7 +69,8 @@ def export_hf(
     Raises UserError; then nothing is left behind.
 
     A LoRA run is written as PEFT's "adapter", or with its base: "merge" adds the two in float32,
-    before they are rounded. `base` says where its base lies now, by default where it lay.
+    before they are rounded. `base` says where its base lies now, by default where it lay. Given
+    again when it is done, writes nothing.
     """
     source, destination = as_path(source), as_path(destination)
     model = open_model(source)
@@ -82,10 +85,17 @@ def export_hf(
             " whole model (--lora merge)"
         )
     where = source if model.is_hf else params_folder(source, step)
-    if lora == "adapter":
-        if verify:
-            raise UserError("--verify compares whole models; give it with --lora merge")
-        _export_adapter(model, destination, int(where.parent.name), dtype, base)
+    if lora == "adapter" and verify:
+        raise UserError("--verify compares whole models; give it with --lora merge")
+    base_state = state_of(locate(base_of(source, base))[0]) if adapters else None
+    made_from = identity(
+        *("export-hf", dtype, str(max_shard_size), verify, push_to_hub, lora),
+        *(config, origin, state_of(where), base_state),
+    )
+    done = is_made(destination, made_from)
+    if lora == "adapter" and not done:
+        _export_adapter(model, destination, int(where.parent.name), dtype, base, made_from)
+    if lora == "adapter" or done:
         if push_to_hub:
             _push(destination, push_to_hub, public)
         return
@@ -133,6 +143,7 @@ def export_hf(
                 source, origin, push_to_hub or absolute(destination).name, trained, speaks(tokens)
             )
         )
+        (partial / MADE_FROM).write_text(made_from)
         if verify:
             verify_logits(partial, source, step=step, base=base).check()
     if push_to_hub:
@@ -183,7 +194,12 @@ def _export_parameter(
 
 
 def _export_adapter(
-    run: Model, destination: Path, step: int, dtype: str | None, base: str | Path | None
+    run: Model,
+    destination: Path,
+    step: int,
+    dtype: str | None,
+    base: str | Path | None,
+    made_from: str,
 ) -> None:
     base = base_of(run.folder, base)
     with new_folder(destination, last=ADAPTER_CONFIG) as partial:
@@ -199,6 +215,7 @@ def _export_adapter(
             speaks(vocabulary(partial)),
         )
         (partial / CARD).write_text(card)
+        (partial / MADE_FROM).write_text(made_from)
 
 
 def _write_config(folder: Path, values: dict, dtypes: dict[str, np.dtype]) -> None:
@@ -224,6 +241,7 @@ def _push(folder: Path, repo: str, public: bool) -> None:
             folder_path=str(local_copy(folder)),
             repo_id=repo,
             commit_message="Exported by llasa-jax",
+            ignore_patterns=[MADE_FROM],
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)

@@ -26,6 +26,7 @@ from llasa_jax.convert.hf_files import (
     write_json,
 )
 from llasa_jax.convert.load_hf import HfReader
+from llasa_jax.convert.made import MADE_FROM, identity, is_made, state_of
 from llasa_jax.convert.model_folder import HF_FOLDER, MODEL_FILE, PARAMS, write_description
 from llasa_jax.convert.names import EMBED, HEAD, Place, our_shapes
 from llasa_jax.convert.params_io import ParamsWriter
@@ -33,6 +34,7 @@ from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast, fault, nam
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.runtime.files import new_folder
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.vocab import extend_tokenizer
 
 COMPARED_ROWS = 4096
@@ -53,9 +55,13 @@ def import_hf(
     is given. `extend_vocab` adds Llasa's speech tokens to a text model's tokenizer and tables, with
     rows drawn by `seed`. At most four tensors, of tables a piece, are in memory at a time, whatever
     the model's size. Raises UserError for what is no such checkpoint; then nothing is left behind.
-    Warns of a NaN in a weight, and of a head beside a tied embedding that differs from it.
+    Warns of a NaN in a weight, and of a head beside a tied embedding that differs from it. Given
+    again when it is done, does nothing.
     """
     folder, name = locate(source)
+    made_from = identity("import-hf", dtype, extend_vocab, seed, state_of(folder))
+    if is_made(as_path(destination), made_from):
+        return
     files = small_files(folder)
     config = model_config(read_json(folder / CONFIG), folder / CONFIG)
     source_reader = HfReader(folder, config)
@@ -124,6 +130,7 @@ def import_hf(
             config,
             {"base_model": name, **licence(files), **source_reader.original_dtypes()},
         )
+        (partial / MADE_FROM).write_text(made_from)
 
 
 def _import_tensor(

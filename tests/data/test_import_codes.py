@@ -5,13 +5,11 @@
 import io
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
-from places import FIXTURES
 
 from llasa_jax.cli import main
 from llasa_jax.data.builder import open_dataset, read_metadata
@@ -177,28 +175,6 @@ def test_the_same_command_again(tmp_path, folder, transcripts, capsys):
     assert main(arguments) == 2
     assert "made of other input or with other settings" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "metadata.txt", "out"]
-
-
-def test_killed_at_any_moment_the_same_command_ends_well(tmp_path, folder, transcripts):
-    """At many of the file operations on the dataset and what lies beside it, and at none."""
-    np.save(folder / "extra.npy", [1])
-    import_codes(folder, transcripts, tmp_path / "wanted", max_bad_share=0.5)
-    wanted, listed = records(tmp_path / "wanted", "train"), tmp_path / "wanted.bad.jsonl"
-    outs = [tmp_path / f"{calls}" / "d" for calls in (0, *range(1, 40, 3), 10_000)]
-    program = [sys.executable, FIXTURES / "killed.py", "llasa_jax.data.import_codes:import_codes"]
-    done = subprocess.run(
-        [*map(str, [*program, folder, transcripts, *outs])], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    killed = done.stdout.split()
-    assert killed[0] == "9"
-    assert killed.count("9") > 8
-    assert killed[-1] == "0"
-    for out in outs:
-        import_codes(folder, transcripts, out, max_bad_share=0.5)
-        np.testing.assert_equal(records(out, "train"), wanted)
-        assert (out.parent / "d.bad.jsonl").read_text() == listed.read_text()
-        assert sorted(path.name for path in out.parent.iterdir()) == ["d", "d.bad.jsonl"]
 
 
 def test_commands_say_what_is_wrong(tmp_path, folder, transcripts, capsys):
