@@ -152,7 +152,7 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
         return settings, None
     adapter = open_adapter(as_path(lora.init), base)
     config = adapter.config
-    tokens = load_tokenizer(base).convert_ids_to_tokens(list(config.rows))
+    tokens = load_tokenizer(base).convert_ids_to_tokens(list(config.token_ids))
     fixed: dict[str, Any] = {
         "rank": config.rank,
         "alpha": config.alpha,

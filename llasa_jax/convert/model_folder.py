@@ -198,9 +198,12 @@ def adapters_of(source: dict) -> tuple[AdapterConfig | None, Path | None]:
     if "lora" not in source:
         return None, None
     try:
-        values = source["lora"]["adapters"].items()
+        # Runs of earlier versions call the token ids rows.
         fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values
+            "token_ids" if key == "rows" else key: tuple(value)
+            if isinstance(value, list)
+            else value
+            for key, value in source["lora"]["adapters"].items()
         }
         return AdapterConfig(**fields), as_path(source["lora"]["base"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -335,7 +338,7 @@ def restore_params(folder: str | Path, target: dict, step: int | None = None) ->
     kept = {name: leaf for name, leaf in layers.items() if isinstance(leaf, Quantized)}
     quantised = {}
     for name in sorted(kept, key=lambda name: prod(kept[name].shape), reverse=True):
-        sharding = kept[name].codes.sharding
+        sharding = kept[name].q.sharding
         whole = jax.ShapeDtypeStruct(kept[name].shape, jnp.bfloat16, sharding=sharding)
         quantised[name] = quantize_stack(reader.onto(f"layers.{name}", whole), kept[name])
     others = {name: leaf for name, leaf in layers.items() if name not in kept}

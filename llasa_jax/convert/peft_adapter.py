@@ -261,7 +261,7 @@ def write_adapter(
     modules = [name for module in adapters.modules for name in WHOLE[module]] + (
         ["lm_head"] if tied and "embed" in adapters.modules else []
     )
-    rows = list(adapters.rows)
+    ids = list(adapters.token_ids)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -273,7 +273,7 @@ def write_adapter(
         "target_modules": [TARGETS[name] for name in adapters.targets],
         "modules_to_save": modules or None,
         "trainable_token_indices": (
-            ({"embed_tokens": rows} | ({} if tied else {"lm_head": rows})) if rows else None
+            ({"embed_tokens": ids} | ({} if tied else {"lm_head": ids})) if ids else None
         ),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -37,7 +37,7 @@ INPUTS = {
 def sizes(config: ModelConfig, adapters: AdapterConfig | None = None) -> dict[str, int]:
     """What each letter of the alphabet stands for in this model."""
     of_adapters = (
-        {"R": adapters.rank, "X": len(adapters.rows), "B": adapters.batch} if adapters else {}
+        {"R": adapters.rank, "X": len(adapters.token_ids), "B": adapters.batch} if adapters else {}
     )
     return {
         "L": config.num_hidden_layers,
@@ -72,7 +72,7 @@ def adapter_axes(adapters: AdapterConfig, tables: tuple[str, ...]) -> dict:
         layer, inner, outer = ("L" if name in LAYER_AXES else ""), INPUTS[name], outputs(name)
         lora[name] = {"a": f"{layer}R{inner}", "b": f"{layer}{outer}R"}
     added = ({"lora": lora} if lora else {}) | (
-        {"rows": dict.fromkeys(tables, "XD")} if adapters.rows else {}
+        {"rows": dict.fromkeys(tables, "XD")} if adapters.token_ids else {}
     )
     return added | ({"choice": {"lora": "BR", "rows": "BX"}} if adapters.batch else {})
 

@@ -53,10 +53,11 @@ class AdapterConfig:
     """What LoRA trains beside a frozen model. Each of `targets` has an adapter of `rank`, which
     adds `scale` times its product.
 
-    `modules` are trained whole: "norms", "embed" or "head". `rows` are ids of tokens whose rows of
-    the tables are trained by themselves. `dropout` is on what goes into an adapter, in training
-    alone. With a `batch`, ranks and rows are several adapters' side by side, and each of so many
-    rows of a batch has factors of its own for them (see `llasa_jax.model.lora.side_by_side`).
+    `modules` are trained whole: "norms", "embed" or "head". `token_ids` are those of tokens whose
+    rows of the tables are trained by themselves. `dropout` is on what goes into an adapter, in
+    training alone. With a `batch`, ranks and rows are several adapters' side by side, and each of
+    so many rows of a batch has factors of its own for them (see
+    `llasa_jax.model.lora.side_by_side`).
     """
 
     targets: tuple[str, ...]
@@ -65,7 +66,7 @@ class AdapterConfig:
     rslora: bool = False
     dropout: float = 0.0
     modules: tuple[str, ...] = ()
-    rows: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
     batch: int = 0
 
     @property

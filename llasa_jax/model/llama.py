@@ -283,7 +283,7 @@ class Llama(nnx.Module):
 
     @property
     def _rows(self) -> tuple[int, ...]:
-        return self.adapters.rows if self.adapters else ()
+        return self.adapters.token_ids if self.adapters else ()
 
     def _table(self, name):
         return getattr(self, name).get_value()
@@ -291,7 +291,7 @@ class Llama(nnx.Module):
     def _weight(self, axes, weight):
         if isinstance(weight, Quantized):
             # Codes go over the mesh, not what they stand for.
-            return replace(weight, codes=self.layout.weight(axes, weight.codes)).dense(self.dtype)
+            return replace(weight, q=self.layout.weight(axes, weight.q)).dense(self.dtype)
         return self.layout.weight(axes, weight.astype(self.dtype))
 
     def _embed(self, tokens_BT):

@@ -89,10 +89,10 @@ def adapter_config(
             f"lora.train_also names {len(tokens)} tokens, more than {MOST_ROWS}; train the whole"
             " tables, embed and head"
         )
-    rows = tuple(sorted({token_ids[token] for token in tokens}))
+    ids = tuple(sorted({token_ids[token] for token in tokens}))
     targets = tuple(name for name in INPUTS if name in settings.targets)
     return AdapterConfig(
-        targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, modules, rows
+        targets, settings.rank, settings.alpha, settings.rslora, settings.dropout, modules, ids
     )
 
 
@@ -192,8 +192,8 @@ def new_adapters(params: dict, abstract: dict, adapters: AdapterConfig, seed: in
             width = math.prod(a.shape[1 + (name in LAYER_AXES) :])
             drawn = jax.random.uniform(key_of, a.shape, a.dtype, -(width**-0.5), width**-0.5)
             made["lora"][name] = {"a": drawn, "b": jnp.zeros(b.shape, b.dtype)}
-        if adapters.rows:
-            ids = jnp.array(adapters.rows)
+        if adapters.token_ids:
+            ids = jnp.array(adapters.token_ids)
             made["rows"] = {
                 name: jnp.take(tables[name], ids, axis=0).astype(leaf.dtype)
                 for name, leaf in abstract["rows"].items()
@@ -222,8 +222,8 @@ def side_by_side(
     configs = [adapter.config for adapter in adapters]
     targets = tuple(name for name in INPUTS if any(name in each.targets for each in configs))
     rank = sum(each.rank for each in configs)
-    rows = tuple(token for each in configs for token in each.rows)
-    together = AdapterConfig(targets, rank, alpha=rank, rows=rows, batch=len(of_rows))
+    token_ids = tuple(token for each in configs for token in each.token_ids)
+    together = AdapterConfig(targets, rank, alpha=rank, token_ids=token_ids, batch=len(of_rows))
     size = sizes(config, together)
     axes = {
         name: tree
@@ -238,7 +238,7 @@ def side_by_side(
         own = adapter.config
         # This adapter's part of the concatenated ranks, and of the concatenated token rows.
         ranks = slice(first_rank, first_rank + own.rank)
-        token_rows = slice(first_row, first_row + len(own.rows))
+        token_rows = slice(first_row, first_row + len(own.token_ids))
         for name in own.targets:
             for factor, letters in axes["lora"][name].items():
                 part = [slice(None)] * len(letters)
@@ -282,7 +282,7 @@ def merged(path: str, piece: np.ndarray, start: int, adapter: Adapter) -> np.nda
     rows = trained.get("rows", {})
     if name in ("embed", "head") and rows:
         piece = piece.astype(np.float32)
-        for number, token in enumerate(adapter.config.rows):
+        for number, token in enumerate(adapter.config.token_ids):
             if start <= token < stop:
                 piece[token - start] = rows.get(name, rows["embed"])[number]
     return piece

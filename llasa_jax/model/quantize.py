@@ -43,32 +43,28 @@ class Quantized:
     """A weight [..., out, *in] in few bits, `inputs` being the number of its input dimensions.
     Stacks of layers may be scanned over.
 
-    int8: `codes` int8 in the weight's shape, `scales` float32 with a 1 for each input dimension.
-    nf4: `codes` uint8 with half of `out`, weights i and i + 32 of a tile of 64 in a byte; `scales`
+    int8: `q` int8 in the weight's shape, `scales` float32 with a 1 for each input dimension.
+    nf4: `q` uint8 with half of `out`, weights i and i + 32 of a tile of 64 in a byte; `scales`
     bfloat16 with a number of tiles for `out`.
     """
 
-    codes: jax.Array
+    q: jax.Array
     scales: jax.Array
     inputs: int = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape."""
-        packed = 1 if self.codes.dtype == jnp.int8 else 2
-        out = self.codes.ndim - self.inputs - 1
-        return (
-            *self.codes.shape[:out],
-            packed * self.codes.shape[out],
-            *self.codes.shape[out + 1 :],
-        )
+        packed = 1 if self.q.dtype == jnp.int8 else 2
+        out = self.q.ndim - self.inputs - 1
+        return (*self.q.shape[:out], packed * self.q.shape[out], *self.q.shape[out + 1 :])
 
     def dense(self, dtype) -> jax.Array:
         """The weight as an array again, computed in float32 and rounded to `dtype`."""
         scales = self.scales.astype(jnp.float32)
-        if self.codes.dtype == jnp.int8:
-            return (self.codes * scales).astype(dtype)
-        tiles, out = _tiled(self.codes, scales.shape[-self.inputs - 1], self.inputs)
+        if self.q.dtype == jnp.int8:
+            return (self.q * scales).astype(dtype)
+        tiles, out = _tiled(self.q, scales.shape[-self.inputs - 1], self.inputs)
         bits = tiles.astype(jnp.int32)
         values = jnp.concatenate([_nf4(bits & 15), _nf4(bits >> 4)], axis=out)
         weight = (values * jnp.expand_dims(scales, out)).astype(dtype)
@@ -86,8 +82,8 @@ def quantize(weight: jax.Array, kind: Literal["int8", "nf4"], inputs: int) -> Qu
     tiles, out = _tiled(weight, tile_count(weight.shape, inputs), inputs)
     scales = _nonzero(jnp.max(jnp.abs(tiles), axis=out, keepdims=True))
     borders = np.add(NF4[1:], NF4[:-1], dtype=np.float32) / 2
-    codes = sum((tiles / scales > border).astype(jnp.uint8) for border in borders)
-    low, high = jnp.split(codes, 2, axis=out)
+    bits = sum((tiles / scales > border).astype(jnp.uint8) for border in borders)
+    low, high = jnp.split(bits, 2, axis=out)
     packed = low | high << 4
     shape = (*weight.shape[: out - 1], -1, *weight.shape[out:])
     return Quantized(packed.reshape(shape), scales.squeeze(out).astype(jnp.bfloat16), inputs)
@@ -97,7 +93,7 @@ def quantize_stack(stack: jax.Array, target: Quantized) -> Quantized:
     """A stack of layers [L, ...], which is used up, as `target` has it: its kind and its shardings.
     One layer at a time is in float32.
     """
-    kind: Literal["int8", "nf4"] = "int8" if target.codes.dtype == jnp.int8 else "nf4"
+    kind: Literal["int8", "nf4"] = "int8" if target.q.dtype == jnp.int8 else "nf4"
 
     def quantize_layers(stack):
         return jax.lax.map(lambda weight: quantize(weight, kind, target.inputs), stack)

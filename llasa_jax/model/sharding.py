@@ -298,7 +298,7 @@ def _abstract_quantized(
         )
 
     placed = jax.tree.map(place, kept)
-    if placed.codes.sharding.spec != weight.sharding.spec:
+    if placed.q.sharding.spec != weight.sharding.spec:
         raise UserError(
             f"a mesh of {dict(mesh.shape)} does not divide weights of two to a byte; choose fewer"
             " devices, or lora.quantize=int8"

@@ -38,7 +38,7 @@ def test_int8_is_pytorchs():
     weight = weights(3, 16, 4, 24)
     kept = quantize(jnp.asarray(weight), "int8", inputs=2)
     assert kept.scales.shape == (3, 16, 1, 1)
-    for layer, codes, scales in zip(weight, kept.codes, kept.scales, strict=True):
+    for layer, codes, scales in zip(weight, kept.q, kept.scales, strict=True):
         scale, zero = torch.tensor(scales.ravel()), torch.zeros(16, dtype=torch.int32)
         theirs = torch.fake_quantize_per_channel_affine(
             torch.tensor(layer), scale, zero, 0, -127, 127
@@ -72,7 +72,7 @@ def test_nf4_is_qwixs(shape, inputs):
     theirs = qwix.quantize(
         weight, "nf4", channelwise_axes=alone, tiled_axes={tiled: 64}, scale_dtype=jnp.bfloat16
     )
-    assert kept.codes.nbytes * 2 == weight.size
+    assert kept.q.nbytes * 2 == weight.size
     np.testing.assert_array_equal(kept.scales, theirs.scale)
     # Two bfloat16 roundings where ours has one
     np.testing.assert_allclose(
