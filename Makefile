@@ -51,4 +51,4 @@ bench: setup
 	for program in benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo_out build *.egg-info
+	rm -rf $(VENV) .cache demo_out build *.egg-info

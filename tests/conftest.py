@@ -1,13 +1,13 @@
 """Eight virtual CPU devices for every test, set before anything imports JAX."""
 
-import atexit
 import copy
 import hashlib
 import os
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
+
+MOST_CACHED = 1 << 30  # bytes of compiled programs, before all are removed
 
 # The tests' programs are tiny and run for a few steps, so compiling them costs more than running
 # them: XLA's optimizer off halves that.
@@ -16,11 +16,14 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Many tests train the same step: compile it once, for all of pytest-xdist's workers and for the
-# processes that tests start.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Many tests train the same step: compile it once, for all of pytest-xdist's workers, for the
+# processes that tests start, and for the next session. JAX's keys tell versions and flags apart.
+CACHE = Path(__file__).parents[1] / ".cache/jax"
+if "PYTEST_XDIST_WORKER" not in os.environ and CACHE.is_dir():
+    size = sum(path.stat().st_size for path in CACHE.iterdir())
+    if size > MOST_CACHED:
+        shutil.rmtree(CACHE)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -133,6 +136,8 @@ SLOW = (
     "encode/test_audio_tables.py",
     "encode/test_audio_in_bucket.py",
     "encode/test_journal.py",
+    "faults/test_damage.py",
+    "train/test_run_folder.py",
     "runtime/test_channel.py",
     "runtime/test_signals.py",
     "speech/test_audio_files.py",
