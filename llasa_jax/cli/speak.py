@@ -2,14 +2,21 @@
 
 from dataclasses import fields
 
-from llasa_jax.cli.arguments import SEED, add_base, add_codec, add_command, add_device, add_step
+from llasa_jax.cli.arguments import add_base, add_codec, add_command, add_device, add_step
 from llasa_jax.errors import UserError
-from llasa_jax.generate.settings import SearchSettings, SpeechSettings
+from llasa_jax.generate.settings import SamplingSettings, SearchSettings, SpeechSettings
 from llasa_jax.runtime.settings import number, text
 from llasa_jax.runtime.storage import as_path
 
 LINE = text("one line of text", r"[^\x00-\x1f\x7f]*")
 # Options that are fields of settings, with the words of --help.
+SAMPLING = {
+    "temperature": "0 always takes the most probable token",
+    "top_p": "share of probability that is kept",
+    "top_k": "0 means all",
+    "repetition_penalty": "1.2 is usual for finetuned voices",
+    "seed": "the same seed gives the same speech",
+}
 SPEECH = {
     "fastest": "how many times as fast as reading aloud speech may be; it cannot end earlier",
     "max_seconds": "longest speech of a piece of text; 0 is a length that is plausible for it",
@@ -33,17 +40,11 @@ def generate(args) -> None:
 
     from llasa_jax.convert.peft_adapter import open_adapters
     from llasa_jax.generate import files
-    from llasa_jax.generate.sampling import SamplingSettings
     from llasa_jax.generate.search import Search
     from llasa_jax.generate.speaker import Line, Speaker
 
     sampling = SamplingSettings(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        repetition_penalty=args.repetition_penalty,
-        speech_only=not args.any_token,
-        seed=args.seed,
+        **{name: getattr(args, name) for name in SAMPLING}, speech_only=not args.any_token
     )
     settings = SpeechSettings(**{name: getattr(args, name) for name in SPEECH})
     search = None
@@ -165,7 +166,8 @@ def add_commands(commands) -> None:
         "--prompt-audio", type=as_path, help="a voice to clone; needs --prompt-text"
     )
     parser.add_argument("--prompt-text", help="what the prompt audio says")
-    _add_sampling(parser)
+    _add_fields(parser, SamplingSettings, SAMPLING)
+    parser.add_argument("--any-token", action="store_true", help="allow text tokens too")
     _add_fields(parser, SpeechSettings, SPEECH)
     _add_search(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -177,27 +179,6 @@ def add_commands(commands) -> None:
     )
     add_step(parser)
     add_base(parser)
-
-
-def _add_sampling(parser) -> None:
-    parser.add_argument(
-        "--temperature",
-        type=number(float, low=0, high=1e3),
-        default=0.8,
-        help="0 always takes the most probable token",
-    )
-    parser.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
-    parser.add_argument(
-        "--top-k", type=number(int, low=0, high=10**6), default=0, help="0 means all"
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=number(float, above=0, high=100),
-        default=1.0,
-        help="1.2 is usual for finetuned voices",
-    )
-    parser.add_argument("--any-token", action="store_true", help="allow text tokens too")
-    parser.add_argument("--seed", type=SEED, default=0)
 
 
 def _add_search(parser) -> None:

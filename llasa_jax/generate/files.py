@@ -19,6 +19,7 @@ from llasa_jax.convert.model_folder import MODEL_FILE, open_model
 from llasa_jax.convert.peft_adapter import CONFIG
 from llasa_jax.data.manifest import numbered_lines
 from llasa_jax.errors import UserError, listed
+from llasa_jax.generate.decode import reading_seconds
 from llasa_jax.generate.speaker import Line, Speech
 from llasa_jax.runtime.files import (
     folder_digest,
@@ -142,6 +143,8 @@ def speak_lines(
                     " the line another id, or choose another folder"
                 )
         left = [line for line in lines if line.id not in done]
+        # The longest first: at the end no row is left speaking alone for long.
+        left.sort(key=lambda line: -reading_seconds(line.text))
         print(f"{len(lines) - len(left):,} of {len(lines):,} lines are spoken already")
         speed, silent = _Speed(len(left)), 0
         with (out / LOG).open("a", encoding="utf-8") as log:

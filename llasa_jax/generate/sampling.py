@@ -4,53 +4,10 @@
 Letters: B rows, V vocabulary. Scores are float32 [B, V]; a token that cannot be drawn scores -inf.
 """
 
-import math
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
-from llasa_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How tokens are drawn. Raises UserError for a value that means nothing.
-
-    Llasa's own settings are the defaults: temperature 0.8, top-p 1; upstream adds a repetition
-    penalty of 1.2 for finetuned voices. `temperature` 0 takes the best token (greedy); `top_p` 1
-    and `top_k` 0 keep all; `repetition_penalty` 1 is none, and counts the prompt's tokens too.
-    `speech_only` lets nothing but codes and the end marker be drawn. One `seed` gives the same
-    speech again.
-    """
-
-    temperature: float = 0.8
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    speech_only: bool = True
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature is {self.temperature}; give a number from 0 (greedy) up, such as 0.8"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(
-                f"top_p is {self.top_p}; give a number above 0 and up to 1 (1 keeps every token)"
-            )
-        if self.top_k < 0:
-            raise UserError(
-                f"top_k is {self.top_k}; give a positive number of tokens to keep, or 0 to keep all"
-            )
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(
-                f"repetition_penalty is {self.repetition_penalty}; give a number above 0, such as"
-                " 1.2 (1 is none)"
-            )
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed is {self.seed}; give a whole number from 0 to {2**31 - 1}")
+from llasa_jax.generate.settings import SamplingSettings
 
 
 def penalize_repetition(scores_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:

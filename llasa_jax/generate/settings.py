@@ -1,11 +1,36 @@
-"""Settings of speech and of search. How tokens are drawn is in `llasa_jax.generate.sampling`."""
+"""Settings of speech: how tokens are drawn, how texts become sound, and search."""
 
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.settings import check, setting
+from llasa_jax.runtime.settings import MAX_SEED, check, setting
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn. Raises UserError for a value out of range.
+
+    The defaults are Llasa's own; upstream adds a repetition penalty of 1.2 for finetuned voices.
+    """
+
+    temperature: float = setting(0.8, low=0, high=1000)
+    """0 always takes the most probable token (greedy)."""
+    top_p: float = setting(1.0, above=0, high=1)
+    """Only the most probable tokens whose probabilities reach this are drawn; 1 keeps all."""
+    top_k: int = setting(0, low=0, high=1_000_000)
+    """Only so many most probable tokens are drawn; 0 keeps all."""
+    repetition_penalty: float = setting(1.0, above=0, high=1_000_000)
+    """Above 1, tokens that the prompt or the speech has already are less probable; 1 is none, and
+    1.2 usual for finetuned voices."""
+    speech_only: bool = True
+    """Nothing but codes and the end marker can be drawn."""
+    seed: int = setting(0, low=0, high=MAX_SEED)
+    """The same seed gives the same speech again."""
+
+    def __post_init__(self):
+        check(self, "sampling")
 
 
 @dataclass(frozen=True)
