@@ -64,6 +64,7 @@ def xla_attention(
     B, T, N, H = q_BTNH.shape
     block = QUERY_BLOCK if T % QUERY_BLOCK == 0 else T
 
+    # Without this the backward pass would keep the scores of all blocks, [T, T] after all.
     @jax.checkpoint
     def attend_block(block_of):
         q, segments, positions = block_of
@@ -89,6 +90,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, T, N, H = q_BTNH.shape
+    # The kernel works in blocks that divide T.
     block = next(size for size in (512, 256, 128) if T % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes: dict[str, Any] = dict.fromkeys(names, block)
@@ -115,6 +117,7 @@ def triton_attention(
     from jax.experimental.pallas.ops.gpu.attention import mha
 
     group = q_BTNH.shape[2] // k_BTKH.shape[2]
+    # This kernel knows no grouped queries: each key-value head is given to all of its heads.
     k, v = (jnp.repeat(x, group, axis=2) for x in (k_BTKH, v_BTKH))
     return mha(
         q_BTNH,

@@ -194,6 +194,8 @@ class Llama(nnx.Module):
             )
 
         if self.remat != "none":
+            # A scan runs its steps one after the other, so XLA cannot merge recomputation away: the
+            # barriers of prevent_cse would only cost.
             layer_step = jax.checkpoint(
                 layer_step, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
             )
@@ -270,6 +272,8 @@ class Llama(nnx.Module):
                     jnp.einsum("...D,XD->...X", hidden, self._row_changes(self._tables[-1])), "rows"
                 )
             )
+            # What a token row adds to its class alone, as one more product of features and a table:
+            # so the loss needs no case for it.
             tables.append(
                 jax.nn.one_hot(
                     jnp.array(self._rows), self.config.padded_vocab_size, axis=0, dtype=self.dtype
@@ -313,6 +317,7 @@ class Llama(nnx.Module):
         """What rows that are trained by themselves add to a table's own, [X, D]: they take their
         place, as PEFT's trainable tokens do.
         """
+        # The frozen row is taken off with no gradient: only the trained one learns.
         own = jax.lax.stop_gradient(jnp.take(self._table(table), jnp.array(self._rows), axis=0))
         return self._weight("XD", self.rows[table].get_value() - own)
 

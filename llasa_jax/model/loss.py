@@ -81,11 +81,14 @@ def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
 
 
 def _backward(vocab_size, chunk, mesh, grads, cotangents):
+    # The other cotangent is that of a count, which has no gradient.
     of_nats = cotangents[0]
     hidden, table = jax.tree.map(lambda grad: (grad * of_nats).astype(grad.dtype), grads)
     return hidden, table, None, None
 
 
+# `symbolic_zeros` says which tables are differentiated at all (`perturbed`): a frozen head, as in
+# LoRA, costs no product for its gradient.
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
@@ -104,6 +107,7 @@ def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
         mesh=mesh,
         in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS),
         out_specs=(PartitionSpec(), PartitionSpec(), *grad_specs),
+        # The sums inside make the outputs equal on all devices, which JAX cannot see by itself.
         check_vma=False,
     )(hidden, table, targets, mask)
 
@@ -136,6 +140,8 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         correct += jnp.sum(mask_BC & (rivals_BC == 0), dtype=jnp.float32)
         if learns is None:
             return nats, correct, grad_table_VD, grads
+        # Softmax minus the one-hot target, the gradient of -log p; zero where the mask is False,
+        # so that rows of uneven length share chunks.
         grad_BCV = jnp.where(
             mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0
         ).astype(table_VD[0].dtype)
@@ -152,6 +158,8 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
             grad_BCD = jnp.einsum(
                 "BCV,VD->BCD", grad_BCV, one_VD, preferred_element_type=jnp.float32
             )
+            # PARTS have other classes of the same rows: their parts add up. GROUP has all rows of
+            # the group, and each device keeps the sums of its own.
             grad_BCD = jax.lax.psum(grad_BCD, PARTS)
             if GROUP:
                 grad_BCD = jax.lax.psum_scatter(grad_BCD, GROUP, scatter_dimension=0, tiled=True)
@@ -172,11 +180,14 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         )
         no_grads = no_grad_table, jax.tree.map(jnp.zeros_like, of_chunks[0])
     start = (jnp.float32(0), jnp.float32(0), *no_grads)
+    # How many chunks there are is known only at run time, and JAX does not differentiate such a
+    # loop: one more reason to make the gradients inside it.
     nats, correct, grad_table_VD, grads = jax.lax.fori_loop(0, -(-most // chunk), step, start)
     # Every device of a group has the same sums, for all of the group's rows.
     nats, correct = jax.lax.psum((nats, correct), REPEATS)
     if learns is None:
         return nats, correct
+    # The inverse of a permutation: where each token went.
     back_BT1 = jnp.argsort(order_BT, axis=1)[..., None]
     grad_BTD = tuple(
         jnp.take_along_axis(jnp.moveaxis(grad, 0, 1).reshape(B, T, -1), back_BT1, axis=1)
@@ -192,6 +203,7 @@ def _gather_rows(x):
 
 def _in_shares(table: Factors, hidden: Factors, mesh: Mesh | AbstractMesh) -> Factors:
     """The tables in the hidden states' type, split over the vocabulary."""
+    # Cast before it moves between devices: half the bytes in bfloat16.
     share = NamedSharding(mesh, PartitionSpec(VOCABULARY))
     return tuple(
         jax.lax.with_sharding_constraint(one.astype(hidden[0].dtype), share) for one in table
@@ -261,6 +273,7 @@ def _scores(vocab_size, classes_V, hidden_BCD, table_VD, targets_BC):
     of_target_BC = jax.lax.psum(
         jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1), VOCABULARY
     )
+    # The largest score of all devices is taken off before exp, so that nothing overflows.
     top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), VOCABULARY)
     exp_sum_BC = jax.lax.psum(jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1), VOCABULARY)
     # Ties count against the target: where a damaged model gives all classes one score, its accuracy

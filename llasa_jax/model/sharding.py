@@ -83,6 +83,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(mesh_sizes(data, fsdp, tensor, len(devices)).values())
+    # Auto: the compiler places whatever the constraints of `MeshLayout` leave open.
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
         return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
@@ -213,6 +214,7 @@ class MeshLayout(Layout):
         """
         if len(axes) == 1:
             return weight
+        # As in ZeRO-3: D is split to store a layer, and whole while it computes.
         here = NamedSharding(self._mesh, PartitionSpec(*(RULES[letter] for letter in axes)))
         whole = NamedSharding(
             self._mesh,
@@ -244,6 +246,7 @@ def _moved(here: NamedSharding, there: NamedSharding, x: jax.Array) -> jax.Array
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, here), there)
 
 
+# The gradient is asked for `here`, in shards, so that a reduce-scatter can sum it.
 _moved.defvjp(
     lambda here, there, x: (_moved(here, there, x), None),
     lambda here, there, _, grad: (jax.lax.with_sharding_constraint(grad, here),),

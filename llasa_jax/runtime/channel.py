@@ -40,6 +40,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket):
         sock.settimeout(None)
+        # The kernel notices a machine that is gone even where nothing is sent.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket, self._file = sock, sock.makefile("rb")
         self._lock = threading.Lock()
@@ -49,12 +50,14 @@ class Connection:
     def send(self, **message: Any) -> None:
         """Sends a message; nothing happens where the other end is gone, as its reader sees that."""
         data = json.dumps(message).encode() + b"\n"
+        # One lock a connection: two threads' messages must not mix within a line.
         with contextlib.suppress(OSError), self._lock:
             self._socket.sendall(data)
 
     def receive(self) -> dict | None:
         """The next message, None where the other end is gone or sends anything else."""
         try:
+            # A limit, so that whoever connects cannot fill the memory with one line.
             line = self._file.readline(LONGEST)
             message = json.loads(line) if line.endswith(b"\n") else None
         except (OSError, ValueError, RecursionError):
@@ -264,6 +267,7 @@ class Channel:
         while not (self._done or self._failing):
             time.sleep(BEAT)
             for number, peer in [*self._peers.items()]:
+                # Both ways: each side knows of the other's silence by itself.
                 peer.send(kind="beat")
                 silent = time.monotonic() - peer.heard
                 if silent > LOST and number not in self._finished and not self._done:
@@ -295,6 +299,7 @@ class Channel:
         """
         with self._changed:
             first, self._failing = not self._failing, True
+        # Two hosts may fail at once: only the thread with the first sentence ends the process.
         if not first:
             threading.Event().wait()  # another thread is ending this process
         if not self.host:
@@ -319,6 +324,7 @@ class Channel:
                     source = 0 if origin == 0 else None
                     peer.send(kind="failed", text=text, status=status, host=source)
                     notified.add(number)
+            # A host that connects only now gets it too; nobody else would send it.
             if len(self._peers) == self.count - 1 or time.monotonic() > deadline:
                 break
             time.sleep(0.1)

@@ -276,6 +276,7 @@ class Checkpoints:
             unreadable = first_unreadable(self._folder / str(step))
             verdict = PASSING if unreadable or is_passing(error) else DAMAGE
             failure = (unreadable and explain(unreadable)) or failure
+        # All hosts take the same way from here: one that went on alone would wait for ever.
         worst = hosts.largest(verdict)
         return result, worst, failure or "another host cannot read it"
 

@@ -86,6 +86,7 @@ def _stream(optimizer, grads, state, params):
     grads, grads_structure = jax.tree.flatten(grads)
     counters = [part for part in parts if not _is_like(part, params)]
     for at, param in enumerate(jax.tree.leaves(params)):
+        # A divisor, so that all slices have one shape and the loop is compiled once.
         slices = (
             next(n for n in range(MAX_SLICES, 0, -1) if len(param) % n == 0)
             if param.ndim > 1
@@ -93,6 +94,7 @@ def _stream(optimizer, grads, state, params):
         )
         size = len(param) // slices
 
+        # Bound as defaults: the loop around it changes both names.
         def one_slice(i, carry, param=param, size=size):
             def cut(x):
                 return jax.lax.dynamic_slice_in_dim(x, i * size, size)
@@ -110,6 +112,7 @@ def _stream(optimizer, grads, state, params):
             )
             update, after = optimizer.update(cut(grad), before, cut(param))
             after = list(zip(parts, structure.flatten_up_to(after), strict=True))
+            # Sent back in the same turn, so the devices hold the moments of one slice at a time.
             new = [
                 jax.device_put(x, jax.memory.Space.Host)
                 for part, x in after
@@ -123,6 +126,8 @@ def _stream(optimizer, grads, state, params):
             )
 
         start = (grads[at], [moment[at] for moment in moments], counters)
+        # A loop, not a Python `for`: XLA would start the copies of all slices at once, and need
+        # room for the whole state.
         grads[at], new, counters = jax.lax.fori_loop(0, slices, one_slice, start)
         for moment, stored in zip(moments, new, strict=True):
             moment[at] = stored

@@ -212,6 +212,7 @@ def _row(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
     lengths = [len(example.tokens) for example in examples]
     used = sum(lengths)
     row["tokens"][:used] = np.concatenate([example.tokens for example in examples])
+    # The last place of a row has no next token: its target stays 0, without loss.
     row["targets"][:-1] = row["tokens"][1:]
     # Every example begins with tokens without loss, so the last token of a clip is never trained to
     # predict the first token of the next.
