@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 2 with one sentence on stderr for what the user
     can fix, 1 for bad findings.
     """
+    sys.excepthook = _print_exception
     warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
     for name in ("absl", "orbax", "jax", "huggingface_hub"):  # they log at every step
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -60,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         # once more when it flushes stdout at its end, so that goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(128 + signal.SIGPIPE)
-    except OSError as error:  # a fault of the machine, such as a full disk or a permission
-        _say(f"error: {explain(error)}")
+    except Exception as error:
+        # A fault of the machine, such as a permission, or a full disk in a library's own words
+        if (sentence := explain(error)) is None:
+            raise
+        _say(f"error: {sentence}")
         return leave(2)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where work was saved")
@@ -69,6 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         leave(1 if isinstance(stop.code, str) else stop.code or 0)
         raise
+
+
+def _print_exception(kind, error, trace) -> None:
+    # TensorStore calls back, and prints this, after Orbax has told why a checkpoint failed.
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _say(line: str) -> None:

@@ -27,7 +27,8 @@ from llasa_jax.errors import UserError, first_line
 from llasa_jax.model.checksum import checksum, checksums, compare
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.quantize import Quantized
-from llasa_jax.runtime.files import is_full, read_json
+from llasa_jax.runtime.faults import is_passing
+from llasa_jax.runtime.files import explain, is_full, read_json
 from llasa_jax.runtime.library_path import library_path
 from llasa_jax.runtime.storage import absolute, key_value_store, reaching
 
@@ -252,6 +253,8 @@ class ParamsReader:
             with reaching(self.where):
                 return read.result()
         except ValueError as error:
+            if is_passing(error):
+                raise UserError(explain(error, self.where) or first_line(error)) from error
             raise UserError(
                 f"{self.where}: {path} is damaged ({first_line(error)}); use another checkpoint"
             ) from error

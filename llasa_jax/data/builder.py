@@ -5,6 +5,7 @@ array (frames,)). metadata.json says which codec made the codes, seal.json which
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 from llasa_jax.data.seal import SEAL, TEXTS, RecordDigest, check_new, read_seal
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.runtime.copies import local_copy
-from llasa_jax.runtime.files import new_folder, read_json
+from llasa_jax.runtime.files import is_full, new_folder, read_json
 from llasa_jax.runtime.storage import as_path
 from llasa_jax.speech.vocab import NUM_CODES
 
@@ -169,7 +170,8 @@ def _explained(out: Path, error: Exception) -> Exception:
         if isinstance(cause, OSError) and cause.errno is not None:
             return cause
         cause = cause.__cause__ or cause.__context__
-    return error
+    # ArrayRecord tells a full disk in words alone.
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) if is_full(error) else error
 
 
 def dataset_fingerprint(folder: str | os.PathLike) -> str:

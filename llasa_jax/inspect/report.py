@@ -12,14 +12,14 @@ from markupsafe import Markup
 from llasa_jax.data.batching import BatchShape, Source, batches
 from llasa_jax.data.builder import read_metadata, split_sizes
 from llasa_jax.data.records import open_utterances
-from llasa_jax.errors import UserError, first_line
+from llasa_jax.errors import UserError
 from llasa_jax.inspect.doctor import THOROUGH
 from llasa_jax.inspect.record_checks import check_scans
 from llasa_jax.inspect.scan import Scan, check_sample, repeated_codes, scan, suspicious_pace
 from llasa_jax.pages import Card, pictures, render
 from llasa_jax.pages.pictures import number, span
 from llasa_jax.runtime import storage
-from llasa_jax.runtime.files import parse_json, read_text, write_whole
+from llasa_jax.runtime.files import explain, parse_json, read_text, write_whole
 from llasa_jax.runtime.storage import absolute, as_path
 from llasa_jax.speech.prompts import Prompter, Utterance
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES
@@ -83,9 +83,7 @@ def report(
     try:
         write_whole(as_path(out), page)
     except OSError as error:
-        raise UserError(
-            f"{out}: the page cannot be written ({first_line(error)}); give another file as --out"
-        ) from None
+        raise UserError(explain(error, out)) from error
     return as_path(out)
 
 

@@ -52,19 +52,24 @@ EXPLANATIONS = {
     errno.EXDEV: "{path}: cannot be moved to another disk; choose a path on the same disk",
 }
 
+# TensorStore's words for an error of the system: the file and the number.
+_TENSORSTORE = re.compile(r"""(?s)"(/[^"]*)".*\[os_error_code='(\d+)'""")
+
 
 def explain(error: BaseException, path: str | os.PathLike | None = None) -> str | None:
     """A sentence for an error of the system, with the fix; None for an error that is not one.
 
-    `path` is named where the error names no file. TensorStore and SQLite report a full disk only
+    `path` is named where the error names no file. TensorStore and SQLite report such errors only
     in their text, and others raise an OSError as the cause of an error of their own.
     """
-    full = is_full(error)
-    if not full and not isinstance(error, OSError):
+    full, stored = is_full(error), _TENSORSTORE.search(str(error))
+    if not full and not stored and not isinstance(error, OSError):
         return None
-    number = errno.ENOSPC if full else getattr(error, "errno", None)
+    number = getattr(error, "errno", None) or (int(stored[2]) if stored else None)
+    number = errno.ENOSPC if full else number
     # Of a rename, what is in the way is its destination.
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    name = name or (stored and stored[1])
     name = os.fsdecode(name) if isinstance(name, str | bytes) else path
     where = shortened(os.fspath(name)) if name is not None else "the file"
     if number not in EXPLANATIONS:
@@ -312,7 +317,7 @@ def new_folder(destination: Path, needs: int = 0, last: str = "") -> Iterator[Pa
             free = shutil.disk_usage(partial).free
             if free < needs:
                 raise UserError(
-                    f"{parent} has {free / 1e9:.1f} GB free and {needs / 1e9:.1f} GB are needed;"
+                    f"{parent} has {free / 1e6:,.0f} MB free and {needs / 1e6:,.0f} MB are needed;"
                     " make room or choose another disk"
                 )
             yield partial

@@ -103,7 +103,7 @@ def write_audio(path: str | os.PathLike, wave: np.ndarray, sample_rate: int = SA
 
     16-bit where the format has it; samples beyond full scale are clipped. Makes the folder if need
     be. Raises `UserError` for a suffix that libsndfile cannot write and for NaN or infinite
-    samples.
+    samples; OSError where the disk fails.
     """
     path = Path(path)
     wave = np.asarray(wave, np.float32)
@@ -112,15 +112,17 @@ def write_audio(path: str | os.PathLike, wave: np.ndarray, sample_rate: int = SA
             f"{path}: not written, the wave has NaN or infinite samples; check the codes it was"
             " decoded from."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    subtype = "PCM_16" if path.suffix.lower() in {".wav", ".flac"} else None
+    kind, whole = path.suffix[1:].upper(), io.BytesIO()
+    subtype = "PCM_16" if kind in {"WAV", "FLAC"} else None
     try:
-        soundfile.write(path, np.clip(wave, -1, 1), sample_rate, subtype=subtype)
+        soundfile.write(whole, np.clip(wave, -1, 1), sample_rate, subtype=subtype, format=kind)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be written ({_reason(error)}); name it .wav or .flac, in a folder you"
-            " may write to."
+            f"{path}: cannot be written ({_reason(error)}); name it .wav or .flac."
         ) from error
+    # libsndfile itself would say of a full disk "System error".
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(whole.getvalue())
 
 
 def _check_rate(rate: int, name: str) -> None:

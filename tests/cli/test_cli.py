@@ -85,11 +85,18 @@ def test_a_closed_pipe_and_a_fault_of_the_machine_end_in_a_sentence(monkeypatch,
     assert process.returncode == 141
 
     def fail(args):
-        raise PermissionError(13, "Permission denied", "page.html")
+        raise error
 
     monkeypatch.setattr(cli.inspect, "report", fail)
+    error: Exception = PermissionError(13, "Permission denied", "page.html")
     assert cli.main(["report", "x"]) == 2
     assert capsys.readouterr().err.startswith("llasa-jax: error: page.html: permission denied;")
+    error = RuntimeError("write() failed: No space left on device; at byte 16384")
+    assert cli.main(["report", "x"]) == 2
+    assert "is full; make room" in capsys.readouterr().err
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError):
+        cli.main(["report", "x"])
 
 
 ENCODE = ["encode", "--manifest=m.jsonl", "--out=d"]

@@ -177,6 +177,16 @@ def test_the_same_command_again(tmp_path, folder, transcripts, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "metadata.txt", "out"]
 
 
+def test_a_full_disk_that_a_library_tells_in_words(tmp_path, folder, transcripts, monkeypatch):
+    def fill(*_, **__):
+        raise RuntimeError("Failed to finalize: write() failed: No space left on device; at byte 1")
+
+    monkeypatch.setattr("llasa_jax.data.builder.LlasaSpeech.download_and_prepare", fill)
+    with pytest.raises(UserError, match="is full, and nothing was left under"):
+        import_codes(folder, transcripts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands_say_what_is_wrong(tmp_path, folder, transcripts, capsys):
     assert (
         main(

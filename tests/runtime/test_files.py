@@ -147,6 +147,12 @@ def test_errors_of_the_system_are_sentences():
     wrapped.__cause__ = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
     assert is_full(wrapped)
     assert explain(ValueError("a bug")) is None
+    tensorstore = ValueError(
+        'RESOURCE_EXHAUSTED: Error reading "embed/1.1" in OCDBT at local file "/m/": Failed'
+        " to open: \"/m/d/0\": Too many open files [os_error_code='24'] [source locations='x.cc:1']"
+    )
+    assert "too many open files; raise the limit" in explain(tensorstore)
+    assert explain(tensorstore).startswith("/m/")
     assert explain(OSError("no number"), "/x") == "/x: no number; check the path and the disk"
 
 

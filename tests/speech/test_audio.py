@@ -165,6 +165,12 @@ def test_written_audio_reads_back(tmp_path, name):
     np.testing.assert_allclose(read_audio(tmp_path / name), np.clip(wave, -1, 1), atol=1e-4)
 
 
+def test_a_full_disk_is_told_as_that(tmp_path):
+    (tmp_path / "a.wav").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_audio(tmp_path / "a.wav", tone())
+
+
 def test_write_needs_a_known_suffix(tmp_path):
     with pytest.raises(UserError, match="a.xyz.*cannot be written"):
         write_audio(tmp_path / "a.xyz", tone())
