@@ -22,6 +22,7 @@ from llasa_jax.model.lora import Adapter
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.plan.memory import out_of_memory_explained
 from llasa_jax.runtime import hosts, storage
+from llasa_jax.runtime.compiled import keep_programs
 from llasa_jax.runtime.copies import keep_copies_in
 from llasa_jax.runtime.files import folder_digest
 from llasa_jax.runtime.signals import StopSignal
@@ -34,6 +35,7 @@ from llasa_jax.train.settings import Settings
 MAY_DIFFER_BETWEEN_HOSTS = (
     *("log.tensorboard", "log.wandb", "mesh.start_timeout", "data.online.device"),
     *("data.online.workers", "data.online.torch_threads", "data.online.read_ahead"),
+    *("mesh.coordinator", "mesh.process_index", "mesh.compiled"),
     *("data.online.queue", "data.online.gpu_memory", "data.online.stall_seconds"),
     "data.cache_dir",
 )
@@ -91,10 +93,12 @@ def join_hosts(settings: Settings, stop: StopSignal) -> None:
     """Lets JAX find its devices, and the other hosts where there are several: their settings and
     programs are compared first. UserError where they differ or do not come.
     """
+    keep_programs(settings.mesh.compiled)
     if any(source.mode == "online" for source in settings.sources):
         # JAX takes its memory when it first looks for devices, so the codec's share is set before.
         share_gpu(settings.data.online)
-    if not settings.mesh.hosts:
+    mesh = settings.mesh
+    if not mesh.joins:
         hosts.check_alone()
         return
     stop.before_end = hosts.end_by_signal
@@ -103,9 +107,9 @@ def join_hosts(settings: Settings, stop: StopSignal) -> None:
         for name, value in flat(dataclasses.asdict(settings)).items()
         if name not in MAY_DIFFER_BETWEEN_HOSTS
     }
-    hosts.join(
-        settings.mesh.start_timeout, facts, "give every host the same command, files and versions"
-    )
+    given = hosts.Given(mesh.coordinator, mesh.process_count, mesh.process_index)
+    fix = "give every host the same command, files and versions"
+    hosts.join(given, mesh.start_timeout, facts, fix)
     stop.listen()  # jax.distributed has put its own handler in place of ours
 
 

@@ -2,13 +2,19 @@
 
 import os
 import re
+import sys
 
 from llasa_jax.cli.arguments import add_command
+from llasa_jax.cli.restart import run_again
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.settings import number
 from llasa_jax.runtime.signals import CommandSignal
 
 
-def train(args) -> None:
+def train(args) -> int:
+    if args.resume_loop:
+        command = [sys.executable, "-m", "llasa_jax.cli", "train", *args.settings]
+        return run_again(command, args.resume_loop)
     with CommandSignal() as stop:
         # Imported only now: these take seconds, in which a signal must end the process at once.
         from llasa_jax.finetune import finetune
@@ -20,26 +26,36 @@ def train(args) -> None:
             tell_other_hosts(args.settings, str(error))
             raise
         finetune(settings, stop)
+    return 0
 
 
 def tell_other_hosts(arguments: list[str], text: str) -> None:
     """Settings that this host refuses leave open whether there are others: if anything says so,
     they are informed, and do not wait for this one.
     """
-    asked = any(re.match(r"--mesh\.hosts(=true|$)", argument, re.I) for argument in arguments)
+    texts = []
     for path in [argument.removeprefix("--config=") for argument in arguments]:
-        if not asked and path.endswith((".yaml", ".yml")) and os.path.isfile(path):
+        if path.endswith((".yaml", ".yml")) and os.path.isfile(path):
             with open(path, errors="replace") as file:
-                asked = re.search(r"\bhosts:\s*true\b", file.read(1 << 20), re.I) is not None
-    if asked:
+                texts.append(file.read(1 << 20))
+    texts += [word.removeprefix("--mesh.") for word in arguments if word.startswith("--mesh.")]
+    named = r"\b(hosts|coordinator|process_count|process_index)\s*(?::\s|=)\s*([^\s,}]+)"
+    said = dict(re.findall(named, "\n".join(texts)))
+    if said.get("hosts", "").lower() == "true" or "coordinator" in said or "hosts" in texts:
         from llasa_jax.runtime import hosts
 
-        hosts.report_failure(text, 2)
+        numbers = {name: int(said[name]) for name in said if said[name].isdecimal()}
+        given = hosts.Given(
+            said.get("coordinator", "").strip("\"'"),
+            numbers.get("process_count", 0),
+            numbers.get("process_index", -1),
+        )
+        hosts.report_failure(text, 2, given)
 
 
 def add_commands(commands) -> None:
     # --config and --help are read with the settings, by parse_settings.
-    add_command(
+    parser = add_command(
         commands,
         "train",
         train,
@@ -47,3 +63,4 @@ def add_commands(commands) -> None:
         takes_settings=True,
         add_help=False,
     )
+    parser.add_argument("--resume-loop", type=number(int, low=0, high=1_000_000), default=0)

@@ -23,6 +23,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.generate.sampling import SamplingSettings
 from llasa_jax.generate.steps import STEPS
 from llasa_jax.model.sharding import RULES
+from llasa_jax.runtime import hosts
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES, SpeechVocab
 
 SHORTEST_BUCKET = 128
@@ -111,7 +112,7 @@ class Rows:
         allowed[ids >= vocab.code_base] = True
         allowed[ids == vocab.speech_end] = True
         choices = params.get("choice")
-        self._choices = jax.device_get(choices) if choices else None
+        self._choices = hosts.on_this_host(choices) if choices else None
         # The seed only makes the key: as part of what is compiled for, each seed would compile
         # again.
         self._program = {
@@ -200,7 +201,7 @@ class Rows:
             leave=np.int32(leave),
         )
         names = ("ended", "stopped", "finite", "logprob", "at")
-        drawn, report = jax.device_get((drawn, {name: self._state[name] for name in names}))
+        drawn, report = hosts.on_this_host((drawn, {name: self._state[name] for name in names}))
         at = report.pop("at").astype(np.int64)
         new = np.where(self.ended, 0, at - self._at)
         self._at = np.where(self.ended, self._at, at)

@@ -73,6 +73,10 @@ class LoraSettings:
                 raise UserError(f"{name}.{listed} names {twice[0]} twice; name it once")
 
 
+# Empty, or a name or address and a port
+COORDINATOR = r"|([\w.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}"
+
+
 @dataclass(frozen=True)
 class MeshSettings:
     """How devices share the model: a grid of data x fsdp x tensor. At most one axis may be -1,
@@ -90,8 +94,23 @@ class MeshSettings:
     hosts: bool = setting(False, resume=True)
     """Join the processes that run this same command on every host
     (jax.distributed.initialize()). They are compared before the first step, and end together."""
+    coordinator: str = setting("", pattern=COORDINATOR, words="HOST:PORT", resume=True)
+    """Address of host 0, at which all meet, where no launcher says it: HOST:PORT, of a free port.
+    Sets mesh.hosts."""
+    process_count: int = setting(0, low=0, high=1_000_000, resume=True)
+    """Processes that take part; 0, as the launcher says."""
+    process_index: int = setting(-1, low=-1, high=1_000_000, resume=True)
+    """Which of them this one is, from 0; -1, as the launcher says."""
     start_timeout: float = setting(300.0, above=0, high=86_400, resume=True)
     """Seconds to wait until the processes of all hosts have started."""
+    compiled: str = setting("", path=True, resume=True)
+    """Folder of compiled programs, local or in a bucket, so that a restart does not compile again;
+    empty, $JAX_COMPILATION_CACHE_DIR or ~/.cache/llasa-jax/compiled; off, none are kept."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether other processes take part."""
+        return self.hosts or bool(self.coordinator)
 
     def check(self, name: str) -> None:
         sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
@@ -105,6 +124,11 @@ class MeshSettings:
             raise UserError(
                 f"more than one of {', '.join(f'{name}.{axis}={n}' for axis, n in sizes.items())}"
                 " is -1; only one axis can take all devices that remain"
+            )
+        if self.process_count and self.process_index >= self.process_count:
+            raise UserError(
+                f"{name}.process_index={self.process_index} is not below"
+                f" {name}.process_count={self.process_count}; number the processes from 0"
             )
         if self.data != -1 and self.data % self.slices:
             raise UserError(

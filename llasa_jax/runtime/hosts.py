@@ -5,6 +5,7 @@ others; and how they end together when one of them fails.
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,28 +40,59 @@ LIBRARIES = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 _channel: Channel | None = None
 
 
-def find_hosts() -> dict[str, Any]:
-    """The arguments of `jax.distributed.initialize` for this process, from Slurm, Open MPI, a TPU
-    VM, Kubernetes, or JAX's environment variables. UserError where nothing says what they are.
+@dataclass(frozen=True)
+class Given:
+    """What settings say of the processes: host 0 as HOST:PORT, how many, and which one this is."""
+
+    coordinator: str = ""
+    count: int = 0
+    index: int = -1
+
+
+def find_hosts(given: Given = Given()) -> dict[str, Any]:  # noqa: B008 immutable
+    """The arguments of `jax.distributed.initialize` for this process: as `given`, from JAX's
+    environment variables, from Slurm, Open MPI, a TPU VM or Kubernetes, or from those that
+    PyTorch's launchers set. UserError where nothing says what they are.
     """
     from jax._src.clusters import ClusterEnv  # JAX has no public way to ask without connecting
 
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address: str | None = given.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count = given.count or _whole_number("JAX_PROCESS_COUNT", "JAX_NUM_PROCESSES")
+    number = _whole_number("JAX_PROCESS_INDEX", "JAX_PROCESS_ID")
+    number = given.index if given.index >= 0 else number
     try:
         address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            address, None, None, None, None, 60
+            address, count, number, None, None, 60
         )
     except Exception as error:  # noqa: BLE001 each kind of cluster raises its own
         raise UserError(
             f"mesh.hosts is set, but what JAX reads of the cluster is damaged ({error}); check the"
             " launcher's environment variables"
         ) from error
+    if address is None and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        address = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        local = _whole_number("LOCAL_RANK")
+        devices = devices if devices or local is None else [local]
+    count = _whole_number("WORLD_SIZE") if count is None else count
+    number = _whole_number("RANK") if number is None else number
     if address is None or count is None or number is None or ":" not in address:
         raise UserError(
             "mesh.hosts is set, but nothing says which hosts take part; start the command by"
-            " Slurm (srun), Open MPI, Kubernetes or on all workers of a TPU slice, or leave"
-            " mesh.hosts out on a single host"
+            " Slurm (srun), Open MPI, Kubernetes or on all workers of a TPU slice, give"
+            " mesh.coordinator, mesh.process_count and mesh.process_index, or leave mesh.hosts out"
+            " on a single host"
         )
+    if not 0 <= number < count:
+        raise UserError(
+            f"this is process {number} of {count}, by mesh.process_index and mesh.process_count or"
+            f" the launcher's environment variables; number the processes from 0 to {count - 1}"
+        )
+    # With a process a machine JAX would use one of its GPUs only, as many as there are processes.
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+    alone = alone or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    if alone or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        devices = None
     return {
         "coordinator_address": address,
         "num_processes": count,
@@ -68,7 +101,17 @@ def find_hosts() -> dict[str, Any]:
     }
 
 
-def join(timeout: float, facts: dict[str, Any], fix: str) -> None:
+def _whole_number(*names: str) -> int | None:
+    """The first of these environment variables that is set. UserError where it is no number."""
+    for name in names:
+        if text := os.environ.get(name):
+            if not text.isdecimal():
+                raise UserError(f"${name} is {text!r}, which is not a whole number; correct it")
+            return int(text)
+    return None
+
+
+def join(given: Given, timeout: float, facts: dict[str, Any], fix: str) -> None:
     """Brings all hosts together: waits at most `timeout` seconds until each is there, compares the
     `facts` (see `agree`), and only then starts `jax.distributed`.
 
@@ -76,13 +119,17 @@ def join(timeout: float, facts: dict[str, Any], fix: str) -> None:
     do not come or differ.
     """
     global _channel
-    found = find_hosts()
+    found = find_hosts(given)
     if found["num_processes"] > 1:
         _channel = _new_channel(found, timeout)
         _channel.join()
         agree(facts, fix)
     try:
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=JAX_HEARTBEAT)
+        jax.distributed.initialize(
+            **found,
+            heartbeat_timeout_seconds=JAX_HEARTBEAT,
+            cluster_detection_method="deactivate",  # all is found
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"jax.distributed cannot start ({' '.join(str(error).split())[:200]}); check that the"
@@ -166,10 +213,10 @@ def check_shared(folder: Path, name: str) -> None:
     )
 
 
-def report_failure(text: str, status: int) -> None:
+def report_failure(text: str, status: int, given: Given = Given()) -> None:  # noqa: B008
     """Tells the other hosts, who may be waiting for this one, why it cannot even join them."""
     try:
-        found = find_hosts()
+        found = find_hosts(given)
         if found["num_processes"] > 1:
             channel = _new_channel(found, LINGER)
             channel.connect(time.monotonic() + LINGER)
@@ -261,13 +308,45 @@ def stopped(stop: "StopSignal", failed: bool = False) -> int:
 
     UserError where another host has `failed`, so that nobody waits for it.
     """
-    verdict = largest(FAILED if failed else stop.received)
+    agree_to_go_on(stop, failed=failed, due=False)
+    return stop.received
+
+
+def agree_to_go_on(stop: "StopSignal", *, failed: bool, due: bool) -> bool:
+    """As `stopped`, which it leaves in `stop.received`; and whether something is `due` on any host,
+    where none stops. One exchange for both.
+    """
+    verdict = largest(FAILED if failed else 2 * stop.received + due)
     if verdict == FAILED and not failed:
         raise UserError(
             "another host's data failed, and training stops on all; its own log says why"
         )
-    stop.received = stop.received if failed else verdict
-    return stop.received
+    stop.received = stop.received if failed else verdict // 2
+    return verdict == 1
+
+
+def on_this_host(tree: Any) -> Any:
+    """The tree's arrays as NumPy's, those that lie on several hosts too. Every host must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: (
+            multihost_utils.process_allgather(x, tiled=True)
+            if isinstance(x, jax.Array) and not x.is_fully_addressable
+            else jax.device_get(x)
+        ),
+        tree,
+    )
+
+
+def preempted(step: int) -> bool:
+    """Whether JAX's preemption service has told all hosts to stop after this step. All must ask."""
+    if jax.process_count() == 1:
+        return False
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:  # jax_enable_preemption_service is off
+        return False
 
 
 def evenly(batches: Iterable[dict], empty: dict) -> Iterator[dict]:

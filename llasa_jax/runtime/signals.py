@@ -31,13 +31,14 @@ class StopSignal:
     """Turns a signal into a number to look at between steps; a second one is a KeyboardInterrupt. A
     context, of the main thread.
 
-    `at_once`: there is nothing to save, so a signal need not wait for that look. `before_end` is
-    called with the signal's number before the process ends at one: it tells the other hosts. Only
-    `CommandSignal` acts on the two.
+    `began` is when it was made, of `time.monotonic`. `at_once`: there is nothing to save, so a
+    signal need not wait for that look. `before_end` is called with the signal's number before the
+    process ends at one: it tells the other hosts. Only `CommandSignal` acts on the two.
     """
 
     def __init__(self):
         self.received, self.at_once = 0, False
+        self.began = time.monotonic()
         self.before_end: Callable[[int], None] = lambda number: None
 
     def listen(self) -> None:

@@ -1,6 +1,7 @@
 """The training loop: the next batch, a step, and what is due after it."""
 
 import signal
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import astuple
@@ -20,6 +21,7 @@ from llasa_jax.runtime import hosts
 from llasa_jax.runtime.signals import StopSignal, unless
 from llasa_jax.train import run_folder
 from llasa_jax.train.checkpoints import Checkpoints
+from llasa_jax.train.goodput import Goodput
 from llasa_jax.train.metrics import Metrics
 from llasa_jax.train.optimizer import learning_rate_schedule
 from llasa_jax.train.prepare import Job, Records, prepare
@@ -63,6 +65,8 @@ def run(
     UserError on a full disk, and on a loss that is not finite.
     """
     settings, functions = job.settings, job.functions
+    # The command's signal handler is as old as the command.
+    began = stop.began if stop else time.monotonic()
     pipeline = settings.packing | {"here": functions.rows_here(*astuple(job.shape))}
     held_out: Sequence[Source] = job.held_out
     with (
@@ -82,11 +86,15 @@ def run(
                 # Before the checkpoints are left, which would wait for the other hosts.
                 hosts.failing_together(),
             ):
-                loop = Loop(job, state, data, held_out, pipeline, checkpoints, metrics, held, stop)
+                spent = Goodput(began, metrics.before, metrics.reached)
+                loop = Loop(
+                    job, state, data, held_out, pipeline, checkpoints, metrics, held, stop, spent
+                )
                 loop.run()
                 stop.at_once = not hosts.stopped(stop)
                 if encoder and not stop.received:
                     encoder.finish()
+                say(f"time: {spent}")
                 if best := checkpoints.best():
                     say(
                         "the best checkpoint is that of step {}, with a validation loss of"
@@ -118,13 +126,19 @@ class Loop:
         metrics: Metrics,
         held: run_folder.Held,
         stop: StopSignal,
+        spent: Goodput,
     ):
         settings, functions = job.settings, job.functions
         self.job, self.state, self.data, self.stop = job, state, data, stop
         self.held_out, self.pipeline = held_out, pipeline
         self.checkpoints, self.metrics, self.held = checkpoints, metrics, held
+        self.spent, self.saved, self.save_is_due = spent, time.monotonic(), False
+        self.compiled = False
         self.online = data if isinstance(data, OnlineBatches) else None
-        self.validate = functions.compile_validation(*astuple(job.shape)) if held_out else None
+        self.validate = None
+        if held_out:
+            with spent.of("compile"):
+                self.validate = functions.compile_validation(*astuple(job.shape))
         self.throughput = Throughput(
             functions.config, list(functions.mesh.devices.flat), functions.adapters
         )
@@ -137,8 +151,10 @@ class Loop:
             job.steps,
             self.online,
         )
+        spent.waited = lambda: self.throughput.waited
 
     def run(self) -> None:
+        self.spent.started()
         while self.state.step < self.job.steps:
             batch = self.next_batch()
             if batch is None:
@@ -161,7 +177,12 @@ class Loop:
                 batch = self.place(next(self.data))
         # Only now do the hosts wait for each other, each with its batch: a step that one host does
         # not take would hang all others.
-        if hosts.stopped(self.stop, failed):
+        minutes = self.job.settings.train.save_minutes
+        due = 0 < minutes < (time.monotonic() - self.saved) / 60
+        if hosts.preempted(self.state.step):
+            self.stop.received = self.stop.received or signal.SIGTERM
+        self.save_is_due = hosts.agree_to_go_on(self.stop, failed=failed, due=due)
+        if self.stop.received:
             self.data.set_state(place)
             return None
         if failed:
@@ -178,9 +199,13 @@ class Loop:
         state.step += 1
         with jax.transfer_guard("disallow"):
             self.job.profiler.before(state.step, state.trainable)
-            state.trainable, state.opt_state, numbers = functions.train(
-                state.frozen, state.trainable, state.opt_state, batch
-            )
+            self.spent.step(state.step)
+            # The call returns once the step has begun; the first compiles it.
+            with nullcontext() if self.compiled else self.spent.of("compile"):
+                state.trainable, state.opt_state, numbers = functions.train(
+                    state.frozen, state.trainable, state.opt_state, batch
+                )
+            self.compiled = True
             self.stop.at_once = False  # from here on there is something to save
             self.progress.add(state.step, numbers, self.job.shape.tokens)
 
@@ -195,18 +220,21 @@ class Loop:
                 settings.log.samples_every,
             )
         )
+        save = save or self.save_is_due
         if not (save or look or speak):
             return
         self.progress.settle()
         with self.throughput.pause():
             loss = None
             if self.validate and (look or (save and settings.train.keep_best)):
-                loss = self.score(self.validate)
+                with self.spent.of("validate"):
+                    loss = self.score(self.validate)
             if save:
                 self.save(loss)
             # After a signal only what must be: the time is short.
-            if self.job.samples and speak and not self.stop.received:
-                self.speak(self.job.samples)
+            if self.job.samples and speak and not hosts.stopped(self.stop):
+                with self.spent.of("samples"):
+                    self.speak(self.job.samples)
 
     def score(self, validate: Callable) -> float | None:
         """The validation loss, nats a target; None where a signal ended it."""
@@ -224,16 +252,21 @@ class Loop:
 
     def save(self, validation_loss: float | None = None) -> None:
         state = self.state
-        self.held.before_saving()
-        self.checkpoints.save(
-            state.step, state.trainable, state.opt_state, self.data, validation_loss
-        )
+        with self.spent.of("save"):
+            self.held.before_saving()
+            self.checkpoints.save(
+                state.step, state.trainable, state.opt_state, self.data, validation_loss
+            )
+        self.saved, self.save_is_due = time.monotonic(), False
+        self.metrics.write(state.step, self.spent.numbers())
 
     def speak(self, samples: Samples) -> None:
         """Speaks the texts of `log.samples`."""
         params = join(self.state.frozen, self.state.trainable)
         say_all = partial(samples.speak, self.job.functions.graphdef, params)
-        waves = unless(lambda: self.stop.received, say_all)
+        # Several hosts speak together, so none may leave before the others.
+        alone = jax.process_count() == 1
+        waves = unless(lambda: self.stop.received, say_all) if alone else say_all()
         samples.write(self.state.step, waves or {}, self.metrics)
 
 

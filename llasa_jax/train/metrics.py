@@ -20,25 +20,25 @@ class Metrics:
     """Writes numbers by step into a run's folder. Lines after `last_step`, left by a run that was
     cut off, are removed first.
 
-    What cannot be written is reported once, and training goes on: a checkpoint is worth more than a
-    line. `name` is the run's, in W&B; by default that of its folder.
+    `name` is the run's, in W&B; by default that of its folder. `before` is the last line that tells
+    where the time went, `reached` the last step of the run that was cut off. What cannot be written
+    is reported once, and training goes on: a checkpoint is worth more than a line.
     """
 
     def __init__(self, run: Path, settings: LogSettings, last_step: int, name: str = ""):
         self._file = self._tensorboard = self._wandb = None
         self._complained = False
+        self.before: dict[str, float] = {}
+        self.reached = 0
         if jax.process_index():
             return  # the first host writes for all
         path = run / "metrics.jsonl"
-        kept = (
-            [
-                line
-                for line in path.read_text(errors="replace").splitlines()
-                if _step_of(line) <= last_step
-            ]
-            if path.is_file()
-            else []
-        )
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= last_step]
+        steps = [_step_of(line) for line in lines]
+        self.reached = int(max((step for step in steps if step < float("inf")), default=0))
+        timed = [line for line in kept if '"goodput"' in line]
+        self.before = json.loads(timed[-1]) if timed else {}
         write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         if settings.tensorboard:

@@ -34,7 +34,9 @@ CHANCE_MARGIN = 0.5
 
 
 class Throughput:
-    """Rates over the last steps, without compilation and without what happens in `pause`."""
+    """Rates over the last steps, without compilation and without what happens in `pause`. `waited`
+    counts seconds spent waiting for data.
+    """
 
     def __init__(
         self, config: ModelConfig, devices: list[jax.Device], adapters: AdapterConfig | None = None
@@ -44,7 +46,7 @@ class Throughput:
         self._peak = device and device.flops * len(devices)
         # Of the last steps: when they ended, waited for data so far; tokens, codes, FLOPs.
         self._ends: deque[tuple[float, float, float, float, float]] = deque(maxlen=WINDOW + 1)
-        self._paused = self._waited = 0.0
+        self._paused = self.waited = 0.0
 
     @contextmanager
     def pause(self):
@@ -61,7 +63,7 @@ class Throughput:
         began = time.monotonic()
         yield
         if computing is not None and computing.is_ready():  # type: ignore[attr-defined]
-            self._waited += time.monotonic() - began
+            self.waited += time.monotonic() - began
 
     def step_ended(self, tokens: float, codes: float, context: float) -> dict[str, float]:
         """The rates after a step over `tokens` (without padding), of which `codes` are speech to
@@ -71,7 +73,7 @@ class Throughput:
         time spent waiting for data, `mfu` the share of the devices' peak FLOPs.
         """
         flops = tokens * model_flops_per_token(self._config, context, self._adapters)
-        self._ends.append((time.monotonic() - self._paused, self._waited, tokens, codes, flops))
+        self._ends.append((time.monotonic() - self._paused, self.waited, tokens, codes, flops))
         seconds = self._ends[-1][0] - self._ends[0][0]
         if not seconds:
             return {}

@@ -102,6 +102,8 @@ class TrainSettings:
     """Seed of the order of the data, of new adapters and of dropout."""
     save_every: int = setting(500, low=1, high=1_000_000_000, resume=True)
     """Steps between checkpoints; the last step is always saved."""
+    save_minutes: float = setting(0.0, low=0, high=1_000_000, resume=True)
+    """Minutes after which there is a checkpoint in any case, beside train.save_every; 0, never."""
     keep: int = setting(2, low=1, high=1_000_000, resume=True)
     """Newest checkpoints that are kept."""
     keep_best: int = setting(0, low=0, high=1_000_000, resume=True)
@@ -306,7 +308,8 @@ def settings_parser():
         prog="llasa-jax train",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Finetunes a model on records.",
+        description="Finetunes a model on records. With --resume-loop=N before the settings it is"
+        " started again up to N times where it fails.",
     )
     parser.add_argument(
         "--config",

@@ -1,4 +1,4 @@
-"""Two processes as two hosts: the losses of one, bit for bit, and one goes on where two stopped."""
+"""Two processes as two hosts: one goes on where they stopped, with their losses, bit for bit."""
 
 import shutil
 
@@ -6,13 +6,16 @@ import pytest
 from host_processes import train_together
 from tiny_run import lines_of, make_clips, make_model
 
+from llasa_jax.convert.model_folder import saved_steps
 from llasa_jax.data.builder import write_dataset
+from llasa_jax.demo.tiny import make_tiny_codec
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
     *("--train.rows=4", "--train.accumulation=2", "--train.steps=6", "--train.save_every=2"),
     *("--train.keep=9", "--train.validate_every=3", "--optimizer.learning_rate=0.01"),
     *("--data.validation_split=validation", "--data.streams=2"),
+    *("--log.samples=[word 1, word 2]", "--log.samples_every=3"),
 )
 
 
@@ -28,7 +31,13 @@ def given(tmp_path_factory):
     ]
     splits = {"train": iter(rows[:50]), "validation": iter(rows[50:])}
     write_dataset(folder / "records", splits, {"codec": "tiny", "fingerprint": "unknown"})
-    return [f"--model.path={folder / 'model'}", f"--data.path={folder / 'records'}", *SETTINGS]
+    make_tiny_codec(folder / "codec")
+    return [
+        f"--model.path={folder / 'model'}",
+        f"--data.path={folder / 'records'}",
+        f"--log.codec={folder / 'codec'}",
+        *SETTINGS,
+    ]
 
 
 def numbers(run):
@@ -45,22 +54,29 @@ def mesh(axis):
 
 
 def test_two_hosts_train_as_one(given, tmp_path):
-    """Then one host goes on from the first checkpoint of the two."""
-    for hosts in (1, 2):
-        out = f"--out={tmp_path / f'run{hosts}'}"
-        train_together(tmp_path / f"logs{hosts}", hosts, 2 // hosts, *given, *mesh("fsdp"), out)
-    wanted = numbers(tmp_path / "run1")
+    """One host goes on from the first checkpoint of the two, and does what they did."""
+    out = tmp_path / "two"
+    train_together(tmp_path / "logs2", 2, 1, *given, *mesh("fsdp"), f"--out={out}")
+    wanted = numbers(out)
     assert list(wanted) == [*range(1, 7)]
     assert {"loss", "validation_loss"} <= wanted[3].keys()
-    assert numbers(tmp_path / "run2") == wanted
+    one = shutil.copytree(out, tmp_path / "one")
     for step in (4, 6):
-        shutil.rmtree(tmp_path / "run2" / "checkpoints" / str(step))
-    train_together(tmp_path / "again", 1, 2, *given, *mesh("fsdp"), f"--out={tmp_path / 'run2'}")
-    assert "going on after step 2" in (tmp_path / "again" / "0.out").read_text()
-    assert numbers(tmp_path / "run2") == wanted
+        shutil.rmtree(one / "checkpoints" / str(step))
+    shutil.rmtree(one / "samples")
+    train_together(tmp_path / "logs1", 1, 2, *given, *mesh("fsdp"), f"--out={one}")
+    assert "going on after step 2" in (tmp_path / "logs1" / "0.out").read_text()
+    assert numbers(one) == wanted
+    alone, together = ((run / "samples").iterdir() for run in (one, out))
+    spoken = {wave.name: wave.read_bytes() for wave in together}
+    assert spoken == {wave.name: wave.read_bytes() for wave in alone}
+    assert spoken
 
-    # The parts of each layer over the hosts, which then have the same rows
-    out = f"--out={tmp_path / 'parts'}"
-    train_together(tmp_path / "logs3", 2, 1, *given, *mesh("tensor"), out)
-    for step, found in numbers(tmp_path / "parts").items():
+    # The parts of each layer over the hosts, which then have the same rows; and a checkpoint after
+    # every step, as no step takes less than 6 us.
+    parts = tmp_path / "parts"
+    often = "--train.save_minutes=1e-7"
+    train_together(tmp_path / "logs", 2, 1, *given, *mesh("tensor"), f"--out={parts}", often)
+    assert saved_steps(parts) == [*range(1, 7)]
+    for step, found in numbers(parts).items():
         assert found == pytest.approx(wanted[step], rel=1e-4)

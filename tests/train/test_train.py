@@ -126,7 +126,7 @@ def test_sigterm_ends_a_validation(model, clips, tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_passed_over(finished, model, clips, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
-    (run / "checkpoints" / "6" / "data" / "process_0-of-1.json").write_text('{"next_ind')
+    (run / "checkpoints" / "6" / "data" / "metadata").write_text('{"streams')
     with pytest.warns(UserWarning, match="checkpoint of step 6 is damaged"):
         train(settings_for(model, run), clips, [clips[0][:3]])
     assert losses(run) == losses(finished)
