@@ -82,7 +82,9 @@ def check_buckets(settings: Settings) -> None:
     read = {"the model": [settings.model.path], "the adapter": [settings.lora.init]}
     read["the dataset"] = [source.path for source in settings.sources]
     read["the codec"] = [settings.data.online.codec] if online else []
-    read["the codec"] += [settings.log.codec] if settings.log.samples else []
+    read["the codec"] += (
+        [settings.log.codec] if settings.log.samples or settings.evaluate.every else []
+    )
     for what, paths in read.items():
         for path in filter(None, paths):
             if not path.startswith("hf://"):  # of the hub, which is asked later

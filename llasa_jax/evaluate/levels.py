@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llasa_jax.codec import HOP
 from llasa_jax.speech.audio import SAMPLE_RATE, SILENCE_PEAK
+from llasa_jax.speech.vocab import CODES_PER_SECOND
 
-FRAME = SAMPLE_RATE // 50  # samples, 20 ms, in which the level is measured
+FRAME = SAMPLE_RATE // CODES_PER_SECOND  # samples, 20 ms: a code, and what a level is measured in
 BELOW = 10 ** (-30 / 20)  # of the loudest speech: what is softer is a pause
 
 
@@ -54,7 +54,7 @@ def measure(wave: np.ndarray, text: str) -> dict[str, float]:
         "tail_noise": float(_rms(tail) / _rms(levels[speech])),
     }
     if letters := letters_of(text):
-        numbers["pace"] = (spoken[-1] + 1 - spoken[0]) * FRAME / HOP / letters
+        numbers["pace"] = (spoken[-1] + 1 - spoken[0]) / letters
     return numbers
 
 

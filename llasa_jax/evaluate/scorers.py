@@ -37,6 +37,7 @@ class Scorer(Protocol):
 
 
 NAMED = "pocketsphinx, whisper, paraformer, resemblyzer, wavlm, dnsmos, utmos, levels"
+DEFAULT_SCORERS = ("whisper", "wavlm", "dnsmos", "levels")
 WITH_ID = "asr:ID, speaker:ID or utmos:FOLDER"
 
 
@@ -193,9 +194,8 @@ _SCORERS: list[Scorer] = []  # of the process beside
 
 
 def _load(names: Sequence[str], device: str, language: str) -> dict[str, bool]:
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the model has use for the others
+    # Read when PyTorch is imported; the model has use for the other cores.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
     _SCORERS[:] = load_scorers(names, device, language)
     return {name: higher for scorer in _SCORERS for name, higher in scorer.higher_is_better.items()}
 

@@ -190,7 +190,7 @@ class Speaker:
         turn_end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         assert isinstance(turn_end, int)  # of one token: a list is of several
         voice = load_codec(codec, device)
-        _check_codec(as_path(model), voice)
+        check_codec(as_path(model), voice)
         return cls(graphdef, params, prompters or prompter, voice, rows=rows, turn_end=turn_end)
 
     def check(self, line: Line) -> None:
@@ -368,7 +368,7 @@ def load(
     return nnx.graphdef(model), params, prompter, tokenizer
 
 
-def _check_codec(model: Path, voice: Codec) -> None:
+def check_codec(model: Path, voice: Codec) -> None:
     """Raises UserError where `voice` is not the codec of the model's training data."""
     _, source = read_description(model)
     trained = source.get("codec", {})

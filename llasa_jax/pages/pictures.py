@@ -128,6 +128,59 @@ def density(
     return _svg(width, height, parts)
 
 
+def course(
+    points: Sequence[tuple[str, float, float, float]],
+    unit: str,
+    limit: float | None = None,
+    width: int = 520,
+    height: int = 220,
+) -> str:
+    """A line through (name, value, low, high), in the band from low to high; `limit` is what can be
+    reached. Points lie apart as their names do, where those are numbers.
+    """
+    left, right, top, bottom = 52, 24, 12, 34
+    named = all(name.isdigit() for name, *_ in points)
+    places = [float(point[0]) if named else float(at) for at, point in enumerate(points)]
+    ends = [value for _, *values in points for value in values] + ([] if limit is None else [limit])
+    margin = (max(ends) - min(ends)) * 0.05 or 0.5
+    low, high = min(ends) - margin, max(ends) + margin
+    x_of = _scale(places[0], places[-1], left + 12, width - right)
+    y_of = _scale(low, high, height - bottom, top)
+    parts = _grid([float(tick) for tick in np.linspace(low, high, 5)], y_of, left, width - right)
+    feet = dict(zip(places, (name for name, *_ in points), strict=True))
+    for at in np.unique(np.linspace(0, len(places) - 1, min(8, len(places))).astype(int)):
+        x = x_of(places[at])
+        parts.append(
+            f'<text class="tick mid" x="{x:.1f}" y="{height - bottom + 16}">'
+            f"{escape(feet[places[at]])}</text>"
+        )
+    parts.append(
+        f'<text class="unit end" x="{width - right}" y="{height - bottom + 31}">{escape(unit)}'
+        "</text>"
+    )
+
+    def line(values: Sequence[float], at: Sequence[float]) -> list[str]:
+        return [f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in zip(at, values, strict=True)]
+
+    _, means, lows, highs = zip(*points, strict=True)
+    band = " ".join([*line(highs, places), *line(lows[::-1], places[::-1])])
+    parts.append(f'<polygon class="band" points="{band}"/>')
+    parts.append(f'<polyline class="curve" points="{" ".join(line(means, places))}"/>')
+    for x, (name, mean, lowest, highest) in zip(places, points, strict=True):
+        title = f"{escape(name)}: {mean:.3g} [{lowest:.3g}, {highest:.3g}]"
+        parts.append(
+            f'<circle class="mark" cx="{x_of(x):.1f}" cy="{y_of(mean):.1f}" r="4">'
+            f"<title>{title}</title></circle>"
+        )
+    if limit is not None:
+        y = y_of(limit)
+        parts.append(
+            f'<line class="note" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="note" x="{left + 4}" y="{y - 5:.1f}">ceiling</text>'
+        )
+    return _svg(width, height, parts)
+
+
 def packed_rows(segment_ids: np.ndarray, width: int = 1080) -> str:
     """Rows of a batch, int (rows, length), as they are trained on: each clip a block, the padding
     at the end bare.

@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -58,8 +58,8 @@ READ, DAMAGE, PASSING = 0, 1, 2
 
 
 class Checkpoints:
-    """The `checkpoints/` of a run's folder: the newest `keep`, and the `keep_best` with the lowest
-    validation loss.
+    """The `checkpoints/` of a run's folder: the newest `keep`, and the `keep_best` with the best
+    number of the name `best_by`, which is the highest if `highest`.
 
     The place in the data means something only for the same data, cut into the same number of
     `streams`, so both are kept with it: `clips` is the number of training clips, `data` a
@@ -78,16 +78,19 @@ class Checkpoints:
         data: str = "",
         streams: int = 1,
         here: Sequence[int] = (0,),
+        best_by: str = "validation_loss",
+        highest: bool = False,
     ):
         self._folder, self._keep, self._keep_best = absolute(run / CHECKPOINTS), keep, keep_best
         self._streams, self._here = streams, here
         self._data = {STREAMS: streams, "clips": clips} | ({"dataset": data} if data else {})
         self._run, self._base = run, base
         self._newest = 0  # the newest step that is known to be whole
-        self._losses = {
-            step: loss
+        self._best_by, self._sign = best_by, -1 if highest else 1
+        self._ranked = {
+            step: value
             for step in saved_steps(run)
-            if (loss := self._about(step).get("validation_loss")) is not None
+            if (value := self._about(step).get(best_by)) is not None
         }
         self._check_writable()
         options = ocp.CheckpointManagerOptions(
@@ -102,10 +105,11 @@ class Checkpoints:
         params,
         opt_state,
         data: grain.DatasetIterator,
-        validation_loss: float | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> None:
         """Begins to write the state after `step` steps; returns once it is copied off the devices.
-        Does nothing if it is there already.
+        Does nothing if it is there already. `numbers` say how good it is: the validation loss and
+        what an evaluation found.
 
         An earlier checkpoint is removed only when this one is whole. Raises UserError where it
         cannot be written, and where a weight is not finite: such a state is not worth keeping.
@@ -119,11 +123,12 @@ class Checkpoints:
             )
         if not is_remote(self._folder):  # to ask a bucket again would make the step wait
             self._check_writable()
-        if validation_loss is not None:
-            self._losses[step] = validation_loss
+        numbers = numbers or {}
+        if self._best_by in numbers:
+            self._ranked[step] = numbers[self._best_by]
         base = {"base": str(self._base[0]), "fingerprint": self._base[1]} if self._base else {}
         places = self._places(data)
-        about: dict[str, Any] = self._data | base | {"validation_loss": validation_loss}
+        about: dict[str, Any] = self._data | base | {"validation_loss": None} | dict(numbers)
         about["checksums"] = {PARAMS: checksums(params), OPTIMIZER: checksums(opt_state)}
         about["checksums"][DATA] = [_crc(place) for place in places]
         items = {
@@ -146,11 +151,9 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def best(self) -> tuple[int, float] | None:
-        """The step with the lowest validation loss among the checkpoints, and that loss."""
-        known = [
-            (loss, step) for step, loss in self._losses.items() if step in self._manager.all_steps()
-        ]
-        return min(known)[::-1] if known else None
+        """The step with the best number among the checkpoints, and that number."""
+        steps = self._best_first(self._manager.all_steps())
+        return (steps[0], self._ranked[steps[0]]) if steps else None
 
     def restore(self, params, opt_state, data: grain.DatasetIterator):
         """The newest whole checkpoint as (step, params, opt_state), with `data` moved to its place;
@@ -183,16 +186,20 @@ class Checkpoints:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax's question which checkpoints to keep, in the order of their steps. (Its own
-        policies would look for the losses where older runs have none.)
+        policies would look for the numbers where older runs have none.)
         """
         return self._preserved([checkpoint.step for checkpoint in checkpoints])
 
     def _preserved(self, steps: list[int]) -> list[bool]:
         ours = [step for step in steps if self._is_ours(step)]
-        known = [step for step in ours if step in self._losses]
-        best = sorted(known, key=lambda step: self._losses[step])[: self._keep_best]
+        best = self._best_first(ours)[: self._keep_best]
         # Somebody else's folder that has a number for a name is not ours to remove.
         return [step in (*ours[-self._keep :], *best) or step not in ours for step in steps]
+
+    def _best_first(self, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` whose number is known."""
+        known = [step for step in steps if step in self._ranked]
+        return sorted(known, key=lambda step: (self._sign * self._ranked[step], step))
 
     def _is_ours(self, step: int) -> bool:
         contents = self._contents(step)
@@ -359,7 +366,7 @@ class Checkpoints:
                 else:
                     there.parent.mkdir(exist_ok=True)
                     (self._folder / str(step)).rename(there)
-            self._losses.pop(step, None)
+            self._ranked.pop(step, None)
         if damaged:
             hosts.largest(0)  # nobody looks before all is moved
             self._manager.reload()

@@ -12,6 +12,7 @@ OTHERS = {
     "wait": "waiting for data",
     "save": "saving",
     "validate": "validating",
+    "evaluate": "evaluating",
     "samples": "speaking samples",
     "redone": "steps done again",
 }

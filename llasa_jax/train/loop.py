@@ -16,6 +16,7 @@ from llasa_jax.data.batching import Source, batches, fill
 from llasa_jax.encode.encoder import Encoder
 from llasa_jax.encode.online import OnlineBatches
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.training import TrainingEvaluation
 from llasa_jax.model.lora import Adapter, join
 from llasa_jax.runtime import hosts
 from llasa_jax.runtime.signals import StopSignal, unless
@@ -24,7 +25,7 @@ from llasa_jax.train.checkpoints import Checkpoints
 from llasa_jax.train.goodput import Goodput
 from llasa_jax.train.metrics import Metrics
 from llasa_jax.train.optimizer import learning_rate_schedule
-from llasa_jax.train.prepare import Job, Records, prepare
+from llasa_jax.train.prepare import VALIDATION_LOSS, Job, Records, prepare
 from llasa_jax.train.progress import LossAlarm, Progress, Throughput, on_host, say
 from llasa_jax.train.samples import Samples
 from llasa_jax.train.settings import Settings
@@ -82,6 +83,7 @@ def run(
                 nullcontext(stop) if stop else StopSignal() as stop,
                 checkpoints,
                 job.profiler,
+                job.evaluation or nullcontext(),
                 Metrics(job.files, settings.log, state.step, job.run.name) as metrics,
                 # Before the checkpoints are left, which would wait for the other hosts.
                 hosts.failing_together(),
@@ -95,10 +97,14 @@ def run(
                 if encoder and not stop.received:
                     encoder.finish()
                 say(f"time: {spent}")
+                by = settings.train.keep_best_by
                 if best := checkpoints.best():
                     say(
-                        "the best checkpoint is that of step {}, with a validation loss of"
-                        " {:.4f}".format(*best)
+                        "the best checkpoint is that of step {}, with {} of {:.4f}".format(
+                            best[0],
+                            "a validation loss" if by == VALIDATION_LOSS else by,
+                            best[1],
+                        )
                     )
     if stop.received:
         where = (
@@ -210,27 +216,36 @@ class Loop:
             self.progress.add(state.step, numbers, self.job.shape.tokens)
 
     def due(self) -> None:
-        """Validation, checkpoint and samples, at the steps that ask for them and at the last."""
+        """Validation, evaluation, checkpoint and samples, at the steps that ask for them and at the
+        last.
+        """
         step, settings = self.state.step, self.job.settings
-        save, look, speak = (
-            step == self.job.steps or step % every == 0
+        save, look, speak, judge = (
+            every and (step == self.job.steps or step % every == 0)
             for every in (
                 settings.train.save_every,
                 settings.train.validate_every,
                 settings.log.samples_every,
+                settings.evaluate.every,
             )
         )
         save = save or self.save_is_due
-        if not (save or look or speak):
+        if not (save or look or speak or judge):
             return
         self.progress.settle()
         with self.throughput.pause():
-            loss = None
-            if self.validate and (look or (save and settings.train.keep_best)):
+            numbers: dict[str, float] = {}
+            ranked = save and settings.train.keep_best
+            by_loss = settings.train.keep_best_by == VALIDATION_LOSS
+            if self.validate and (look or (ranked and by_loss)):
                 with self.spent.of("validate"):
                     loss = self.score(self.validate)
+                numbers |= {} if loss is None else {VALIDATION_LOSS: loss}
+            if self.job.evaluation and (judge or (ranked and not by_loss)):
+                with self.spent.of("evaluate"):
+                    numbers |= self.evaluate(self.job.evaluation)
             if save:
-                self.save(loss)
+                self.save(numbers)
             # After a signal only what must be: the time is short.
             if self.job.samples and speak and not hosts.stopped(self.stop):
                 with self.spent.of("samples"):
@@ -250,15 +265,28 @@ class Loop:
             self.stop,
         )
 
-    def save(self, validation_loss: float | None = None) -> None:
+    def save(self, numbers: dict[str, float] | None = None) -> None:
         state = self.state
         with self.spent.of("save"):
             self.held.before_saving()
-            self.checkpoints.save(
-                state.step, state.trainable, state.opt_state, self.data, validation_loss
-            )
+            self.checkpoints.save(state.step, state.trainable, state.opt_state, self.data, numbers)
         self.saved, self.save_is_due = time.monotonic(), False
         self.metrics.write(state.step, self.spent.numbers())
+
+    def evaluate(self, evaluation: TrainingEvaluation) -> dict[str, float]:
+        """Speaks and scores `evaluate.texts`; the numbers, none where a signal ended it."""
+        params = join(self.state.frozen, self.state.trainable)
+        graphdef = self.job.functions.graphdef
+
+        def measure() -> dict[str, float]:
+            return evaluation.numbers(evaluation.speak(graphdef, params))
+
+        numbers = unless(lambda: self.stop.received, measure) or {}
+        if numbers:
+            self.metrics.write(self.state.step, numbers)
+            found = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+            say(f"step {self.state.step}  {found}")
+        return numbers
 
     def speak(self, samples: Samples) -> None:
         """Speaks the texts of `log.samples`."""

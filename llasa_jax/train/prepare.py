@@ -13,6 +13,7 @@ from llasa_jax.convert import model_folder
 from llasa_jax.data.batching import BatchShape, Source, measure, sources_of
 from llasa_jax.data.seal import read_seal
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.training import TrainingEvaluation
 from llasa_jax.model.lora import adapter_config
 from llasa_jax.model.sharding import make_mesh, row_devices, shares_rows
 from llasa_jax.runtime.bucket_files import working_folder
@@ -28,6 +29,7 @@ from llasa_jax.train.settings import Settings
 from llasa_jax.train.step import TrainStep
 
 Records = Sequence[Utterance] | Sequence[Conversation]
+VALIDATION_LOSS = "validation_loss"  # what train.keep_best_by is by default
 LOOKED_AT = 64  # records of a dataset that its fingerprint is made from
 
 
@@ -46,6 +48,7 @@ class Job:
     clips: int
     dataset: str
     samples: Samples | None
+    evaluation: TrainingEvaluation | None
     profiler: Profiler
 
     @property
@@ -58,6 +61,12 @@ class Job:
         this machine.
         """
         return working_folder(self.settings.out)
+
+    @property
+    def best_is_highest(self) -> bool:
+        """Whether the best checkpoint is the one with the highest `train.keep_best_by`."""
+        known = self.evaluation.higher_is_better if self.evaluation else {}
+        return known.get(self.settings.train.keep_best_by, False)
 
     @property
     def source(self) -> Path:
@@ -103,10 +112,16 @@ def prepare(
             f"mesh.tensor={mesh.shape['tensor']} goes across hosts, which would have to encode the"
             " same clips online; choose at most the devices of one host, or data.mode=offline"
         )
-    if settings.train.keep_best and not held_out:
+    best_by = settings.train.keep_best_by
+    if settings.train.keep_best and best_by == VALIDATION_LOSS and not held_out:
         raise UserError(
             "train.keep_best needs a validation loss; name a split in data.validation_split, or"
             " leave it at 0"
+        )
+    if best_by != VALIDATION_LOSS and not settings.evaluate.every:
+        raise UserError(
+            f"train.keep_best_by is {best_by}, which no evaluation finds; set evaluate.every, or"
+            f" leave it at {VALIDATION_LOSS}"
         )
 
     fit = measure(sources, shape.length, **settings.packing)
@@ -132,10 +147,19 @@ def prepare(
         **settings.step_options,
     )
     profiler = Profiler(working_folder(settings.out), settings.profile.steps, steps)
-    samples = None
+    samples = evaluation = None
+    prompter = Prompter(tokenizer, settings.voice)
     if settings.log.samples:  # loads a codec, so it comes last
-        prompter = Prompter(tokenizer, settings.voice)
         samples = Samples(working_folder(settings.out), settings.log, prompter)
+    if settings.evaluate.every:  # so does this, and starts a process
+        log = settings.log
+        evaluation = TrainingEvaluation(settings.evaluate, prompter, log.codec, log.codec_device)
+        known = evaluation.higher_is_better
+        if best_by not in (VALIDATION_LOSS, *known):
+            raise UserError(
+                f"train.keep_best_by is {best_by}, which evaluate.scorers do not measure; choose"
+                f" {VALIDATION_LOSS} or one of {', '.join(known)}"
+            )
     return Job(
         settings,
         functions,
@@ -146,6 +170,7 @@ def prepare(
         clips=sum(map(len, records)),
         dataset=fingerprint(settings, records),
         samples=samples,
+        evaluation=evaluation,
         profiler=profiler,
     )
 

@@ -14,6 +14,7 @@ import yaml
 from llasa_jax.data.settings import SourceSettings
 from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.settings import EvaluateSettings
 from llasa_jax.model.settings import Dtype, LoraSettings, MeshSettings, ModelSettings
 from llasa_jax.runtime.files import read_yaml
 from llasa_jax.runtime.settings import (
@@ -107,7 +108,10 @@ class TrainSettings:
     keep: int = setting(2, low=1, high=1_000_000, resume=True)
     """Newest checkpoints that are kept."""
     keep_best: int = setting(0, low=0, high=1_000_000, resume=True)
-    """Checkpoints with the lowest validation loss that are kept besides."""
+    """Checkpoints that are kept besides, with the best train.keep_best_by."""
+    keep_best_by: str = setting("validation_loss", resume=True)
+    """What the best checkpoints have the best of: validation_loss, or a number of the evaluation as
+    the metrics name it, such as evaluate_wer or evaluate_similarity."""
     validate_every: int = setting(500, low=1, high=1_000_000_000, resume=True)
     """Steps between validations, where a validation split is named."""
 
@@ -192,6 +196,7 @@ class Settings:
     optimizer: OptimizerSettings = group(OptimizerSettings)
     train: TrainSettings = group(TrainSettings)
     log: LogSettings = group(LogSettings)
+    evaluate: EvaluateSettings = group(EvaluateSettings)
     profile: ProfileSettings = group(ProfileSettings)
 
     def __post_init__(self):
@@ -209,6 +214,11 @@ class Settings:
         """UserError on settings of different groups that cannot work together."""
         if not self.out:
             raise UserError("out is not set; give it in the config or as --out=FOLDER")
+        if self.evaluate.every and not self.log.codec:
+            raise UserError(
+                "evaluate.every needs log.codec, which turns codes into sound; give a codec's"
+                " folder or hub id, or leave evaluate.every at 0"
+            )
         if self.data.max_length % self.model.loss_chunk:
             raise UserError(
                 f"model.loss_chunk={self.model.loss_chunk} does not divide"

@@ -38,6 +38,8 @@ def begin(
         job.run,
         settings.train.keep,
         settings.train.keep_best,
+        best_by=settings.train.keep_best_by,
+        highest=job.best_is_highest,
         clips=job.clips,
         base=base,
         data=job.dataset,

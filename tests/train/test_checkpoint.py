@@ -59,7 +59,8 @@ def save(run, steps, keep=9, keep_best=0, losses=None, clips=3):
         for step in range(1, max(steps) + 1):
             next(order)
             if step in steps:
-                checkpoints.save(step, tree(step), tree(-step), order, (losses or {}).get(step))
+                numbers = {"validation_loss": losses[step]} if step in (losses or {}) else {}
+                checkpoints.save(step, tree(step), tree(-step), order, numbers)
     return run
 
 

@@ -39,6 +39,7 @@ def test_every_second_is_counted_once(clock):
         "seconds_validate": 5,
         "seconds_wait": 8,
         "seconds_save": 3,
+        "seconds_evaluate": 0,
         "seconds_samples": 0,
         "seconds_redone": 0,
         "seconds_train": 52,

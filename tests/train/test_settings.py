@@ -129,7 +129,7 @@ def test_every_setting_is_explained_and_help_shows_it(capsys, monkeypatch):
 
 def test_what_may_change_when_a_run_resumes():
     mesh = "data fsdp tensor slices hosts start_timeout coordinator process_count process_index"
-    train = "save_every save_minutes keep keep_best validate_every"
+    train = "save_every save_minutes keep keep_best keep_best_by validate_every"
     online = "device queue workers read_ahead cache max_bad_share stall_seconds torch_threads"
     assert may_change(Settings) == {
         # Fingerprints tell models, data and codecs apart, not where they lie.
@@ -147,6 +147,8 @@ def test_what_may_change_when_a_run_resumes():
         *(f"mesh.{name}" for name in (*mesh.split(), "compiled")),
         *(f"model.{name}" for name in ("attention", "remat", "loss_chunk")),
         *(f"train.{name}" for name in train.split()),
+        *(f"evaluate.{name}" for name in ("every", "texts", "scorers", "device")),
+        *(f"evaluate.{name}" for name in ("speaker", "reference", "language")),
         *(f"data.online.{name}" for name in (*online.split(), "gpu_memory")),
         *(f"log.{name}" for name in ("every", "tensorboard", "wandb", "codec", "codec_device")),
         *(f"log.{name}" for name in ("samples", "samples_every", "samples_speaker")),
