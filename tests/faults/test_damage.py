@@ -109,6 +109,7 @@ def check(counts: Counter, most_same: float = 1.0) -> None:
     that a reader which looks at nothing fails.
     """
     wrong = [outcome for outcome in counts if outcome not in ("same", "sentence")]
+    print(f"{counts.total()} cases: {counts['sentence']} sentences, {counts['same']} the same")
     assert not wrong, "\n".join(wrong)
     assert counts["same"] <= most_same * counts.total()
 
