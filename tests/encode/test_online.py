@@ -162,8 +162,8 @@ def test_hosts_encode_only_their_own(manifest, prompter, offline):
         codec = CountingCodec()
         encoder, clips = encoder_of(ManifestAudio(manifest), codec)
         with encoder:
-            found = online(encoder, clips, prompter, 2, process=(host, 2), window=8)
-        same([b for b, _ in found], [b for b, _ in offline(2, process=(host, 2), window=8)])
+            found = online(encoder, clips, prompter, 2, streams=2, here=[host], window=8)
+        same([b for b, _ in found], [b for b, _ in offline(2, streams=2, here=[host], window=8)])
         seen.append(set(codec.seen))
     assert all(len(waves) < 16 for waves in seen)
 
