@@ -325,8 +325,11 @@ def remove(path: str | os.PathLike) -> None:
 
 def move(source: str | os.PathLike, destination: str | os.PathLike) -> None:
     """Moves a bucket's folder within the bucket: copies all files, then removes the old ones."""
+    system = file_system(source)
     with reaching(source):
-        file_system(source).mv(os.fspath(source), os.fspath(destination), recursive=True)
+        for name in entries(source):
+            system.cp_file(f"{source}/{name}", f"{destination}/{name}")
+    remove(source)
 
 
 def key_value_store(path: str | os.PathLike) -> dict[str, Any]:

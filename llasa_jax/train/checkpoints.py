@@ -15,7 +15,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -406,7 +406,7 @@ class Checkpoints:
         except Exception as error:
             reason = "the disk is full" if is_full(error) else " ".join(str(error).split())[:200]
             since = "goes on after the last whole checkpoint"
-            with suppress(UserError):  # of a bucket that does not answer
+            if not is_remote(self._folder):  # a bucket may not answer again
                 saved = saved_steps(self._folder.parent)
                 since = (
                     f"goes on after step {saved[-1]}, the last whole checkpoint"

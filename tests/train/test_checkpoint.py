@@ -2,6 +2,7 @@
 place in the data has no meaning.
 """
 
+import asyncio
 import errno
 import gc
 import json
@@ -18,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from buckets import faults
 from etils import epath
 
 from llasa_jax.convert.model_folder import saved_steps
 from llasa_jax.errors import UserError
+from llasa_jax.runtime import storage
+from llasa_jax.runtime.storage import as_path
 from llasa_jax.train.checkpoints import Checkpoints
 
 # Orbax leaves other reads behind when one fails, and they complain on their own.
@@ -410,3 +414,49 @@ def test_other_data_of_the_same_size_is_refused(tmp_path):
 def test_any_folder_name_goes_on(tmp_path, name):
     assert restore(save(tmp_path / name, (2, 4))) == 4
     assert saved_steps(tmp_path / name) == [2, 4]
+
+
+# In a bucket
+
+
+def test_damage_in_a_bucket_is_passed_over(bucket):
+    run = save(as_path(f"{bucket}/run"), (2, 4, 6, 8))
+    storage.remove(f"{run}/checkpoints/8/commit_success.txt")  # killed as it was written
+    assert saved_steps(run) == [2, 4, 6]
+    storage.write_bytes(f"{run}/checkpoints/6/about/metadata", b"{")
+    with pytest.warns(UserWarning, match="checkpoint of step 6 is damaged and is passed over"):
+        assert restore(run) == 4
+    assert saved_steps(run) == [2, 4]
+    names = [name.rsplit("/", 1)[0] for name in storage.entries(run)]
+    assert "damaged/6/about" in names
+    assert not [name for name in names if name.startswith("checkpoints/6")]
+
+
+def test_a_store_that_fails_now_and_then_costs_nothing(bucket):
+    faults({"share": 0.1, "kinds": ["500", "429", "cut"], "most": 12, "seed": 3})
+    run = save(as_path(f"{bucket}/run"), (2, 4))
+    assert sum(faults().values()) == 12
+    faults({})
+    assert restore(run) == 4
+
+
+def test_a_store_that_is_down_ends_the_run_in_one_sentence(bucket, monkeypatch):
+    real = asyncio.sleep
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: real(0))
+    order = data()
+    run = as_path(f"{bucket}/run")
+
+    def train():
+        with Checkpoints(run, 9, clips=3) as checkpoints:
+            checkpoints.save(1, tree(1), tree(-1), order)
+            checkpoints._manager.wait_until_finished()
+            faults({"down": True})
+            checkpoints.save(2, tree(2), tree(-2), order)
+            for _ in range(400):
+                checkpoints.check()
+                time.sleep(0.1)
+
+    with pytest.raises(UserError, match=r"could not be written to gs://.*the last whole"):
+        train()
+    faults({})
+    assert saved_steps(run) == [1]

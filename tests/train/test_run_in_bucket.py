@@ -97,16 +97,3 @@ def test_buckets_are_looked_at_before_anything_is_loaded(bucket, model):
     assert "written to a folder of this machine or to gs://" in refused(out="s3://bucket/run")
     data = DataSettings(path=f"{bucket}/none", max_length=128)
     assert f"{bucket}/none: the dataset is not there; check the path" in refused(data=data)
-
-
-def test_damage_in_a_bucket_is_passed_over(bucket, model):
-    run = f"{bucket}/run"
-    train(settings(model, run, keep=2), [make_clips()], [make_clips()[:3]])
-    before = bucket_losses(run)
-    assert saved_steps(run) == [4, 6]
-    storage.write_bytes(f"{run}/checkpoints/6/about/metadata", b"{")
-    with pytest.warns(UserWarning, match="checkpoint of step 6 is damaged and is passed over"):
-        train(settings(model, run, keep=2), [make_clips()], [make_clips()[:3]])
-    assert bucket_losses(run) == before
-    assert saved_steps(run) == [4, 6]
-    assert any(name.startswith("damaged/6/") for name in storage.entries(run))
