@@ -138,6 +138,7 @@ SLOW = (
     "encode/test_audio_tables.py",
     "encode/test_audio_in_bucket.py",
     "encode/test_journal.py",
+    "runtime/test_storage_s3.py",
     "faults/test_damage.py",
     "train/test_run_folder.py",
     "evaluate/test_scorers.py",

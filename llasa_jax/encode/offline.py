@@ -1,15 +1,12 @@
 """Offline encoding: audio and text become a dataset of codes, crash-safe and resumable.
 
 It is the `Encoder` of online training over every clip of a source. Codes go into a journal,
-`<out>.partial/journal.sqlite` (see `journal_folder`), as they are made; the dataset is built from
-it when all are there.
+`<out>.partial/journal.sqlite`, as they are made; the dataset is built from it when all are there.
 """
 
 import dataclasses
 import os
 from collections.abc import Iterator
-from hashlib import sha256
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,14 +16,14 @@ from llasa_jax.data.builder import write_dataset
 from llasa_jax.data.records import record_of
 from llasa_jax.data.seal import TEXTS, check_unfinished, identity, is_made
 from llasa_jax.encode.audio_source import AudioSource
+from llasa_jax.encode.bucket_journal import beside, open_journal, remove_journals
 from llasa_jax.encode.encoder import Encoder
-from llasa_jax.encode.journal import Journal, remove_journal
+from llasa_jax.encode.journal import Journal
 from llasa_jax.encode.planned import PlannedClips, Skipped, planned
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.copies import cache_folder
-from llasa_jax.runtime.storage import absolute, check_writable, is_remote
+from llasa_jax.runtime.storage import absolute, check_writable
 
 MAX_CLIP_SECONDS = OnlineSettings().max_clip_seconds
 AHEAD = 1024  # clips to choose from, for those of one length to be encoded together
@@ -97,18 +94,18 @@ def encode_audio(
     _check(max_bad_share, batch_seconds, workers, max_clip_seconds)
     out = absolute(out)
     check_writable(out.parent)
-    partial, bad_list = journal_folder(out), BadList(_beside(out, "bad.jsonl"))
+    partial, bad_list = beside(out, "partial"), BadList(beside(out, "bad.jsonl"))
     check_unfinished(out)  # before the codec is loaded
     if isinstance(codec, str | os.PathLike):
         codec = load_codec(codec, device)
     skipped = Skipped(quiet=True)
     good, made_from = _look(source, codec, max_clip_seconds, skipped)
     if (summary := is_made(out, made_from)) is not None:
-        remove_journal(partial)
+        remove_journals(out)
         print(f"{out}: done already by the same command.")
         return Summary(**summary)
 
-    with Journal(partial, source, codec.fingerprint) as journal:
+    with open_journal(out, source, codec.fingerprint) as journal:
         ready = {index for index in good if journal.get(index) is not None}
         if ready:
             print(f"{len(ready)} of {len(source)} clips were encoded by an earlier run.")
@@ -159,7 +156,7 @@ def encode_audio(
 
         streams = {split: records(indices) for split, indices in splits.items()}
         write_dataset(out, streams, codec_metadata(codec), made_from, finish)
-    remove_journal(partial)
+    remove_journals(out)
     words = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(
         f"{out}: {words}; {done.hours:.2f} hours of speech"
@@ -223,19 +220,6 @@ def _look(
             yield tuple(getattr(utterance, name) for name in TEXTS)
 
     return good, identity("encode", codec.fingerprint, max_clip_seconds, rows())
-
-
-def journal_folder(out: Path) -> Path:
-    """Where the journal of a dataset that is being made lies: beside it, or for one in a bucket
-    among this machine's copies of what is there.
-    """
-    if not is_remote(out):
-        return _beside(out, "partial")
-    return cache_folder() / f"{out.name}-{sha256(str(out).encode()).hexdigest()[:16]}.partial"
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(f"{out.name}.{suffix}")
 
 
 def _check(max_bad_share: float, batch_seconds: float, workers: int, max_seconds: float) -> None:

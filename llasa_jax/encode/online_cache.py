@@ -19,8 +19,9 @@ import numpy as np
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.data.builder import read_metadata, write_dataset
 from llasa_jax.data.records import record_of
-from llasa_jax.data.seal import foreign_files, remove_dataset
+from llasa_jax.data.seal import SEAL, foreign_files, remove_dataset
 from llasa_jax.encode.audio_source import AudioSource
+from llasa_jax.encode.bucket_journal import open_journal, working_place
 from llasa_jax.encode.devices import divide_machine
 from llasa_jax.encode.encoder import Encoder
 from llasa_jax.encode.journal import JOURNAL, SUFFIXES, Journal
@@ -28,7 +29,9 @@ from llasa_jax.encode.offline import codec_metadata
 from llasa_jax.encode.planned import PlannedClips
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.errors import UserError
-from llasa_jax.runtime import hosts
+from llasa_jax.runtime import hosts, storage
+from llasa_jax.runtime.bucket_files import upload
+from llasa_jax.runtime.storage import absolute, as_path, is_remote
 
 
 class CodesCache:
@@ -46,7 +49,9 @@ class CodesCache:
         splits: dict[str, Sequence[int]],
         codec: Codec,
     ):
-        self._folder = Path(os.path.abspath(folder))
+        # In a bucket, this machine works on it among its copies, and puts it up.
+        self._there = absolute(folder)
+        self._folder = working_place(self._there)
         self._audio, self._splits, self._codec = audio, splits, codec
         self._partial = self._folder.with_name(f"{self._folder.name}.partial")
         self._fresh = self._folder.with_name(f"{self._folder.name}.fresh")
@@ -93,7 +98,7 @@ class CodesCache:
             if self._several:
                 self._merge()
                 self._own = self._journal()
-            if not new and self._folder.is_dir():
+            if not new and self._there.is_dir():
                 return
             there = {
                 split: [i for i in indices if self.get(i) is not None]
@@ -112,6 +117,8 @@ class CodesCache:
             self._own = self._shared = None
 
     def _journal(self, name: str = JOURNAL, read_only: bool = False) -> Journal:
+        if is_remote(self._there):
+            return open_journal(self._there, self._audio, self._codec.fingerprint)
         return Journal(self._partial, self._audio, self._codec.fingerprint, name, read_only)
 
     def _prepare(self) -> None:
@@ -120,8 +127,8 @@ class CodesCache:
 
     def _check(self) -> None:
         # What lies in the folder is deleted once a new dataset is written, so nothing else may.
-        for folder in (self._folder, self._fresh, self._partial):
-            if not os.path.lexists(folder):
+        for folder in dict.fromkeys((self._there, self._folder, self._fresh, self._partial)):
+            if not (folder.exists() if is_remote(folder) else os.path.lexists(folder)):
                 continue
             if not folder.is_dir():
                 raise UserError(f"{folder}: is not a folder; give another data.online.cache")
@@ -176,8 +183,11 @@ class CodesCache:
         if self._folder.is_dir():
             remove_dataset(self._folder)
         self._fresh.rename(self._folder)
+        if is_remote(self._there):
+            storage.remove(self._there)
+            upload(self._folder, self._there, SEAL)
         print(
-            f"{self._folder}: all codes are there; data.mode=offline with data.path={self._folder}"
+            f"{self._there}: all codes are there; data.mode=offline with data.path={self._there}"
             " trains on them without the codec"
         )
 
@@ -216,14 +226,24 @@ def check_place(cache: str | os.PathLike, out: str | os.PathLike) -> None:
     """UserError where a cache and a run's folder `out` are one, or one lies in the other: a cache
     replaces its folder.
     """
+    if is_remote(cache) or is_remote(out):
+        places = [os.fspath(path).rstrip("/") + "/" for path in (cache, out)]
+        inside = places[0].startswith(places[1]) or places[1].startswith(places[0])
+        if inside:
+            raise _not_apart(cache, out)
+        return
     run = os.path.realpath(out)
     for suffix in ("", ".partial", ".fresh"):
         folder = os.path.realpath(os.path.abspath(cache) + suffix)
         if os.path.commonpath([run, folder]) in (run, folder):
-            raise UserError(
-                f"data.online.cache={cache} and the run's folder, out={out}, must not lie in each"
-                " other; give the cache a folder of its own"
-            )
+            raise _not_apart(cache, out)
+
+
+def _not_apart(cache: str | os.PathLike, out: str | os.PathLike) -> UserError:
+    return UserError(
+        f"data.online.cache={cache} and the run's folder, out={out}, must not lie in each other;"
+        " give the cache a folder of its own"
+    )
 
 
 def open_encoder(
@@ -244,15 +264,20 @@ def open_encoder(
     clips = [one for one in (*records, *validation) if isinstance(one, PlannedClips)]
     if not clips:
         return None
+    if online.cache and is_remote(online.cache) and jax.process_count() > 1:
+        raise UserError(
+            f"data.online.cache={online.cache}: a cache in a bucket works with one host; encode the"
+            " audio first (`llasa-jax encode`), or give a folder that all hosts share"
+        )
     codec = codec or load_codec(online.codec, online.device, online.precision)
     divide_machine(online)
     caches: dict[int, CodesCache | None] = {one.number: None for one in clips}
     if online.cache:
         names = {
             one.number: (
-                Path(online.cache) / Path(one.audio.name).stem
+                as_path(online.cache) / as_path(one.audio.name).stem
                 if len(caches) > 1
-                else Path(online.cache)
+                else as_path(online.cache)
             )
             for one in clips
         }

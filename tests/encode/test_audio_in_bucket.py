@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from counting_codec import CountingCodec
 from places import SPEECH
@@ -10,6 +11,8 @@ from places import SPEECH
 from llasa_jax.data.builder import dataset_fingerprint, open_dataset, read_metadata, split_sizes
 from llasa_jax.data.manifest import file_key, read_manifest
 from llasa_jax.encode.offline import encode
+from llasa_jax.encode.online_cache import CodesCache, check_place
+from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError
 from llasa_jax.inspect.report import report
 from llasa_jax.runtime import storage
@@ -81,3 +84,50 @@ def test_places_that_cannot_be_written_or_read(bucket, audio):
         encode(audio / "m.jsonl", "gs://read-only/codes", CountingCodec(), workers=1)
     with pytest.raises(UserError, match="no such manifest"):
         encode(f"{bucket}/none.jsonl", f"{bucket}/codes", CountingCodec(), workers=1)
+
+
+def test_another_machine_goes_on_with_what_one_has_encoded(bucket, audio, tmp_path, monkeypatch):
+    out = f"{bucket}/codes"
+    with pytest.raises(KeyboardInterrupt):
+        encode(audio / "m.jsonl", out, CountingCodec(limit=2), workers=1)
+    assert "codes.partial/journal.sqlite" in storage.entries(bucket)
+    monkeypatch.setenv("LLASA_JAX_CACHE", str(tmp_path / "another"))
+    codec = CountingCodec()
+    made = encode(audio / "m.jsonl", out, codec, workers=1)
+    assert made.resumed == 2
+    assert len(codec.seen) == sum(made.splits.values()) - 2
+    assert not [name for name in storage.entries(bucket) if "partial" in name]
+
+
+def test_the_cache_of_online_training_in_a_bucket(bucket, audio, tmp_path, monkeypatch, capsys):
+    codec, source = CountingCodec(), ManifestAudio(audio / "m.jsonl")
+    splits = {"train": [*source.split("train")]}
+    codes = {index: np.arange(9, dtype=np.uint16) + index for index in splits["train"]}
+
+    def open_cache():
+        return CodesCache(f"{bucket}/cache", source, splits, codec)
+
+    cache = open_cache()
+    with pytest.raises(UserError, match="another process"):
+        open_cache()
+    cache.put([*codes.items()])
+    cache.finish(set())
+    cache.close()
+    assert f"data.path={bucket}/cache trains" in capsys.readouterr().out
+    made = records(f"{bucket}/cache")
+    assert {name: made[name][1] for name in made} == {
+        source.ids[index]: each.tolist() for index, each in codes.items()
+    }
+    monkeypatch.setenv("LLASA_JAX_CACHE", str(tmp_path / "another"))
+    again = open_cache()
+    np.testing.assert_array_equal(again.get(splits["train"][0]), codes[splits["train"][0]])
+    again.finish(set())
+    again.close()
+    assert records(f"{bucket}/cache") == made
+    storage.write_bytes(f"{bucket}/cache/notes.txt", b"mine")
+    with pytest.raises(UserError, match=r"holds notes.txt, which no cache of codes holds"):
+        open_cache()
+    for out in (f"{bucket}/cache", bucket):
+        with pytest.raises(UserError, match="must not lie in each other"):
+            check_place(f"{bucket}/cache", out)
+    check_place(f"{bucket}/cache", f"{bucket}/run")
