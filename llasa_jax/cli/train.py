@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import sys
 
 from llasa_jax.cli.arguments import add_command
@@ -10,11 +11,19 @@ from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import number
 from llasa_jax.runtime.signals import CommandSignal
 
+ADDRESSES = 3 << 30  # bytes; with less, XLA aborts or waits for ever as it starts
+
 
 def train(args) -> int:
     if args.resume_loop:
         command = [sys.executable, "-m", "llasa_jax.cli", "train", *args.settings]
         return run_again(command, args.resume_loop)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < ADDRESSES:  # negative: no limit
+        raise UserError(
+            f"this process may use {limit / 1e9:.1f} GB of addresses, and JAX needs"
+            f" {ADDRESSES / 1e9:.1f} to start; raise the limit (`ulimit -v unlimited`)"
+        )
     with CommandSignal() as stop:
         # Imported only now: these take seconds, in which a signal must end the process at once.
         from llasa_jax.finetune import finetune

@@ -99,6 +99,15 @@ def test_a_closed_pipe_and_a_fault_of_the_machine_end_in_a_sentence(monkeypatch,
         cli.main(["report", "x"])
 
 
+def test_too_few_addresses_are_told_before_jax_aborts(monkeypatch, capsys):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (2 << 30, -1))
+    assert cli.main(["train"]) == 2
+    assert "2.1 GB of addresses" in capsys.readouterr().err
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    assert cli.main(["train"]) == 2
+    assert "model.path is not set" in capsys.readouterr().err
+
+
 ENCODE = ["encode", "--manifest=m.jsonl", "--out=d"]
 GENERATE = ["generate", "--model=m", "--text=a", "--out=a.wav"]
 
