@@ -43,6 +43,7 @@ from llasa_jax.runtime.faults import first_unreadable, is_passing
 from llasa_jax.runtime.files import explain, is_full
 from llasa_jax.runtime.library_path import library_path
 from llasa_jax.runtime.storage import absolute, is_remote
+from llasa_jax.train.places import gathered_places, old_places
 
 OPTIMIZER, DATA = "optimizer", "data"
 STREAMS = "streams"  # in `about` how many there are, in `data` the place in each
@@ -127,7 +128,7 @@ class Checkpoints:
         if self._best_by in numbers:
             self._ranked[step] = numbers[self._best_by]
         base = {"base": str(self._base[0]), "fingerprint": self._base[1]} if self._base else {}
-        places = self._places(data)
+        places = gathered_places(data, self._here, self._streams)
         about: dict[str, Any] = self._data | base | {"validation_loss": None} | dict(numbers)
         about["checksums"] = {PARAMS: checksums(params), OPTIMIZER: checksums(opt_state)}
         about["checksums"][DATA] = [_crc(place) for place in places]
@@ -243,7 +244,8 @@ class Checkpoints:
 
         def read():
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            places = self._old_places(step) if old else restored[DATA][STREAMS]
+            folder = self._folder / str(step) / DATA
+            places = old_places(folder, self._streams) if old else restored[DATA][STREAMS]
             return *jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER])), places
 
         for wait in (*RETRIES, None):
@@ -328,27 +330,6 @@ class Checkpoints:
                     f"the run in {self._folder.parent} was made {what}, so its place in the data"
                     " has no meaning now; go on as it was, or choose another out folder"
                 )
-
-    def _places(self, data: grain.DatasetIterator) -> list[dict]:
-        """The place in every stream, from the hosts that read it."""
-        own = dict(zip(map(str, self._here), data.get_state()["parents"], strict=True))
-        places: dict[str, dict] = {}
-        for part in hosts.everyones(own):
-            for stream, place in part.items():
-                if places.setdefault(stream, place) != place:
-                    raise UserError(
-                        f"the hosts that read stream {stream} of the data are at different places"
-                        " in it; a file that only some of them can read would be the cause"
-                    )
-        return [places[str(stream)] for stream in range(self._streams)]
-
-    def _old_places(self, step: int) -> list[dict]:
-        """Of a run of an older version, in which each host had a stream and wrote its place."""
-        files = [
-            self._folder / str(step) / DATA / f"process_{stream}-of-{self._streams}.json"
-            for stream in range(self._streams)
-        ]
-        return [json.loads(file.read_text()) for file in files]
 
     # Folders
 
