@@ -1,7 +1,7 @@
 """Codes per second in generation: llasa-jax against transformers' `generate`, and continuous
 batching against static batches; and 1,000 lines through 10 `kill -9`.
 
-    python benchmarks/generation.py [transformers] [continuous] [kills]
+    python benchmarks/generation.py [transformers continuous kills] [--length 500] [--lines 1000]
 
 **transformers**: the same random model on both sides (4 layers of width 512 with Llasa's vocabulary
 of 193,800), float32, greedy, 500 new tokens from prompts of 60, batches of 1 and 8. llasa-jax draws
@@ -19,6 +19,7 @@ Sides are timed in turns. Seconds of CPU are printed beside those of the clock, 
 may be busy with other work.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -51,9 +52,7 @@ from llasa_jax.model.llama import Llama
 from llasa_jax.speech.vocab import MARKERS, SpeechVocab
 
 VOCAB = SpeechVocab({token: 128_256 + i for i, token in enumerate(MARKERS)}, 128_264, 193_800)
-PROMPT, LENGTH, BATCHES, ROUNDS = 60, 500, (1, 8), 1
-LINES, ROWS = 256, 32
-KILLED_LINES, KILLS = 1000, 10
+PROMPT, ROWS, KILLS = 60, 32, 10
 GREEDY = SamplingSettings(temperature=0)
 
 
@@ -78,7 +77,7 @@ def make_model(layers: int, width: int) -> LlamaForCausalLM:
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
+        num_key_value_heads=max(1, width // 128),
         head_dim=64,
         tie_word_embeddings=True,
         rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"},
@@ -103,10 +102,10 @@ def make_prompts(count: int, rng: np.random.Generator) -> list[np.ndarray]:
     return [rng.integers(0, 128_000, PROMPT).astype(np.int32) for _ in range(count)]
 
 
-def against_transformers() -> None:
+def against_transformers(length: int, batches: list[int]) -> None:
     hf = make_model(4, 512)
     ours = in_jax(hf)
-    for batch in BATCHES:
+    for batch in batches:
         prompts = make_prompts(batch, np.random.default_rng(batch))
         ids = torch.from_numpy(np.stack(prompts)).long()
         theirs, mine = Clock(), Clock()
@@ -124,20 +123,19 @@ def against_transformers() -> None:
                 )
 
         say(4)
-        generate_codes(*ours, prompts, VOCAB, LENGTH, GREEDY, [])  # compiles
-        for _ in range(ROUNDS):
-            with theirs.running():
-                say(LENGTH)
-            with mine.running():
-                generate_codes(*ours, prompts, VOCAB, LENGTH, GREEDY, [])
-        codes = ROUNDS * batch * LENGTH
+        generate_codes(*ours, prompts, VOCAB, length, GREEDY, [])  # compiles
+        with theirs.running():
+            say(length)
+        with mine.running():
+            generate_codes(*ours, prompts, VOCAB, length, GREEDY, [])
+        codes = batch * length
         for name, clock in (("transformers", theirs), ("llasa-jax", mine)):
             print(
-                f"batch {batch}, {name + ':':14}{codes / clock.wall:8.1f} codes/s"
+                f"length {length}, batch {batch}, {name + ':':14}{codes / clock.wall:8.1f} codes/s"
                 f"   ({clock.wall:.1f} s, {clock.cpu:.1f} s of CPU)"
             )
         print(
-            f"batch {batch}, ratio: {theirs.wall / mine.wall:.2f}"
+            f"length {length}, batch {batch}, ratio: {theirs.wall / mine.wall:.2f}"
             f"   (of CPU: {theirs.cpu / mine.cpu:.2f})",
             flush=True,
         )
@@ -147,33 +145,32 @@ def one_piece(request: Request):
     return (yield Piece(request, "", np.empty(0, np.uint16)))
 
 
-def continuous_against_static() -> None:
-    model = in_jax(make_model(2, 256))
+def continuous_against_static(count: int) -> None:
+    model = in_jax(make_model(2, 64))
     rng = np.random.default_rng(0)
-    limits = (50 * ljspeech_seconds(LINES, rng)).astype(int)
-    prompts = make_prompts(LINES, rng)
+    limits = (50 * ljspeech_seconds(count, rng)).astype(int)
+    prompts = make_prompts(count, rng)
     longest_first = np.argsort(-limits)
     rows = Rows(*model, VOCAB, ROWS, GREEDY, [])
 
-    def static(count=LINES):
+    def static():
         for at in range(0, count, ROWS):
             these = slice(at, at + ROWS)
             generate_codes(*model, prompts[these], VOCAB, limits[these], GREEDY, [])
 
-    def refilled(count=LINES):
-        jobs = ((i, one_piece(Request(prompts[i], int(limits[i])))) for i in longest_first[:count])
-        assert (
-            sum(len(said.tokens) for _, said in run_continuous(rows, jobs))
-            == limits[longest_first[:count]].sum()
-        )
+    def refilled():
+        jobs = ((i, one_piece(Request(prompts[i], int(limits[i])))) for i in longest_first)
+        assert sum(len(said.tokens) for _, said in run_continuous(rows, jobs)) == limits.sum()
 
+    for limit in range(8, 1200, 200):  # compiles, for each length of the cache
+        rows.start([0], Request(prompts[0], limit))
+        rows.advance(1)
+        rows.stop([0])
     sides = {"static batches": (static, Clock()), "continuous": (refilled, Clock())}
-    for speak, _ in sides.values():
-        speak(ROWS)  # compiles
     for speak, clock in sides.values():
         with clock.running():
             speak()
-    print(f"{LINES} lines of {limits.mean() / 50:.1f} s on average, {ROWS} rows")
+    print(f"{count} lines of {limits.mean() / 50:.1f} s on average, {ROWS} rows")
     for name, (_, clock) in sides.items():
         print(
             f"{name + ':':16}{limits.sum() / clock.wall:8.1f} codes/s   ({clock.wall:.1f} s,"
@@ -183,7 +180,7 @@ def continuous_against_static() -> None:
     print(f"ratio: {slow.wall / fast.wall:.2f}   (of CPU: {slow.cpu / fast.cpu:.2f})", flush=True)
 
 
-def killed() -> None:
+def killed(count: int) -> None:
     from llasa_jax.demo.tiny import make_tiny_codec
     from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer
 
@@ -192,7 +189,7 @@ def killed() -> None:
         work = Path(folder)
         make_tiny_codec(work / "codec")
         make_tiny_llama(work / "model", make_tiny_tokenizer())
-        lines = [{"id": f"{i:04}", "text": f"the lazy dog {i}"} for i in range(KILLED_LINES)]
+        lines = [{"id": f"{i:04}", "text": f"the lazy dog {i}"} for i in range(count)]
         (work / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         out = work / "out"
         command = [sys.executable, "-m", "llasa_jax.cli", "generate", "--dtype=float32"]
@@ -226,19 +223,25 @@ def wavs(out: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    parts = {
-        "transformers": against_transformers,
-        "continuous": continuous_against_static,
-        "kills": killed,
-    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["transformers", "continuous", "kills"])
+    parser.add_argument("--length", type=int, default=500, help="tokens, against transformers")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--lines", type=int, default=1000)
+    args = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     print(
         f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch"
         f" {torch.__version__}, transformers {version('transformers')}, jax {jax.__version__}"
     )
-    for name in sys.argv[1:] or parts:
+    for name in args.parts:
         print(f"\n{name}")
-        parts[name]()
+        if name == "transformers":
+            against_transformers(args.length, args.batches)
+        elif name == "continuous":
+            continuous_against_static(args.lines)
+        else:
+            killed(args.lines)
 
 
 if __name__ == "__main__":

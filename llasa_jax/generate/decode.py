@@ -248,11 +248,11 @@ class Rows:
         return cache_bucket(min(length, self.config.max_position_embeddings))
 
     def _resize(self, slots: int) -> None:
-        """Makes the cache longer, or half as long, where the rows need it: what is attended to is
-        as long as the cache.
+        """Makes the cache longer, or a quarter shorter or more, where the rows need it: what is
+        attended to is as long as the cache.
         """
         slots = max(slots, self._needed(int(self._at[~self.ended].max(initial=0))))
-        if slots > self._slots or slots <= self._slots // 2:
+        if slots > self._slots or slots <= self._slots * 3 // 4:
             self._slots = slots
             self._state = steps.resize(state=self._state, slots=slots)
 
@@ -294,6 +294,6 @@ def prompt_bucket(length: int) -> int:
 
 
 def cache_bucket(length: int) -> int:
-    """Slots for a cache: the next power of two, or three quarters of it."""
-    whole = prompt_bucket(length)
-    return whole * 3 // 4 if whole > SHORTEST_BUCKET and length <= whole * 3 // 4 else whole
+    """Slots for a cache: the next multiple of 128, or of an eighth of the next power of two."""
+    step = max(SHORTEST_BUCKET, prompt_bucket(length) // 8)
+    return -(-length // step) * step

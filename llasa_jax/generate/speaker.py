@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
 import jax
@@ -149,6 +150,7 @@ class Speaker:
         self._graphdef, self._params, self.codec, self.rows = graphdef, params, codec, rows
         self._prompters = [prompters] if isinstance(prompters, Prompter) else list(prompters)
         self.vocab, self._turn_end = self._prompters[0].vocab, turn_end
+        self._free = Lock()
         # The last rows that were used: they hold a part of the head.
         self._make_rows = lru_cache(maxsize=1)(partial(Rows, graphdef, params, self.vocab))
         self._read_voice = lru_cache(maxsize=64)(self._encode_voice)
@@ -219,11 +221,27 @@ class Speaker:
         search: Search | None = None,
     ) -> Iterator[tuple[int, Speech]]:
         """(place, speech) of `lines`, as they end. Lines are read only when a row is free for them,
-        so there may be any number, and codes become sound in a thread meanwhile.
+        so there may be any number, and codes become sound in a thread meanwhile. One call at a
+        time: RuntimeError where another one has not ended.
 
         With a `search` one line is spoken at a time, by all rows, and the best one is kept.
         """
-        sampling, settings = sampling or SamplingSettings(), settings or SpeechSettings()
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("this Speaker is speaking; end or close the iterator of `say` first")
+        try:
+            yield from self._say(
+                lines, sampling or SamplingSettings(), settings or SpeechSettings(), search
+            )
+        finally:
+            self._free.release()
+
+    def _say(
+        self,
+        lines: Iterable[str | Line],
+        sampling: SamplingSettings,
+        settings: SpeechSettings,
+        search: Search | None,
+    ) -> Iterator[tuple[int, Speech]]:
         stop_ids = [self.vocab.speech_end]
         if not sampling.speech_only and self._turn_end is not None:
             stop_ids.append(self._turn_end)

@@ -130,3 +130,12 @@ def test_searches_without_a_meaning_are_refused():
         SearchSettings.parse("best-of-8")
     with pytest.raises(UserError, match=r"search\.samples"):
         SearchSettings.parse("best-of:0")
+
+
+def test_a_speaker_speaks_one_request_at_a_time(speaker):
+    first = speaker.say(TEXTS, SAMPLING, SETTINGS)
+    next(first)
+    with pytest.raises(RuntimeError, match="is speaking"):
+        speaker.speak(TEXTS[:1], SAMPLING, SETTINGS)
+    first.close()
+    assert len(speaker.speak(TEXTS[:1], SAMPLING, SETTINGS)) == 1
