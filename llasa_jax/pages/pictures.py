@@ -144,6 +144,8 @@ def course(
     ends = [value for _, *values in points for value in values] + ([] if limit is None else [limit])
     margin = (max(ends) - min(ends)) * 0.05 or 0.5
     low, high = min(ends) - margin, max(ends) + margin
+    if min(ends) >= 0:
+        low = max(low, 0.0)
     x_of = _scale(places[0], places[-1], left + 12, width - right)
     y_of = _scale(low, high, height - bottom, top)
     parts = _grid([float(tick) for tick in np.linspace(low, high, 5)], y_of, left, width - right)

@@ -1,15 +1,10 @@
 """`llasa-jax evaluate` on a run with two checkpoints of random weights."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from places import SPEECH, environment
+from places import SPEECH
 from tiny_run import make_clips, make_model, settings_for
 
 from llasa_jax.cli import main
@@ -80,27 +75,6 @@ def test_seed_tts_eval_lists_clone_the_prompt(folder, tmp_path):
     assert main(command(folder, out, "--texts", str(folder / "meta.lst"))) == 0
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert sorted((row["checkpoint"], row["id"]) for row in rows) == [("4", "a"), ("4", "b")]
-
-
-def test_killed_and_gone_on_with(folder, tmp_path):
-    """kill -9 after the first rows; the same command speaks what is missing, and only that."""
-    (tmp_path / "t.txt").write_text("".join(f"word {at}\n" for at in range(24)))
-    out = tmp_path / "out"
-    arguments = command(folder, out, "--texts", str(tmp_path / "t.txt"), "--rows", "4")
-    program = [sys.executable, "-m", "llasa_jax.cli", *arguments]
-    rows = out / "rows.jsonl"
-    process = subprocess.Popen(program, env=environment(1), stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (rows.is_file() and rows.stat().st_size):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = rows.read_text()
-    assert 0 < before.count("\n") < 24
-    assert main(arguments) == 0
-    assert rows.read_text().startswith(before[: before.rfind("\n") + 1])
-    ids = [json.loads(line)["id"] for line in rows.read_text().splitlines()]
-    assert sorted(ids, key=int) == [str(at) for at in range(1, 25)]
-    assert json.loads((out / "results.json").read_text())["checkpoints"][0]["checkpoint"] == "4"
 
 
 def test_what_is_wrong_is_said_in_a_sentence(folder, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """An evaluation of scripted voices: recordings that every later checkpoint spoils less."""
 
 import json
+import os
 import re
+import signal
+import warnings
 from concurrent.futures import Future
 
 import numpy as np
@@ -124,6 +127,37 @@ def test_it_goes_on_where_it_was_ended(tmp_path):
     both = evaluation(out, {"10": voice(0.1, spoken), "20": voice(0.2, spoken)}).run()
     assert len(spoken) == 6
     assert both["checkpoints"][0] == whole["checkpoints"][0]
+
+
+def evaluate_until_killed(out, at: int) -> int:
+    """The signal that ended a process that is killed (kill -9) when it has `at` texts spoken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX has threads, which the child does not use
+        child = os.fork()
+    if child == 0:
+
+        def dying(items):
+            for number, spoken in enumerate(voice(0.1)()(items)):
+                if number == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield spoken
+
+        evaluation(out, {"10": lambda: dying}, items_of(40)).run()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_killed_again_and_again(tmp_path):
+    """Each text is spoken once, and the results are those of a run that was never killed."""
+    out = tmp_path / "out"
+    for at in (0, 5, 18, 17, 20):  # sixteen clips are scored at a time
+        assert evaluate_until_killed(out, at) == -signal.SIGKILL
+    assert evaluate_until_killed(out, 99) == 0
+    whole = evaluation(tmp_path / "whole", {"10": voice(0.1)}, items_of(40)).run()
+    one, other = ((path / "rows.jsonl").read_text() for path in (out, tmp_path / "whole"))
+    assert sorted(one.splitlines()) == sorted(other.splitlines())
+    assert json.loads((out / "results.json").read_text()) == whole
+    assert evaluate_until_killed(out, 0) == 0  # done: nothing is spoken
 
 
 def test_another_evaluation_is_refused(tmp_path):
