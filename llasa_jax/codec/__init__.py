@@ -34,8 +34,10 @@ def load_codec(
     from transformers import PreTrainedConfig
 
     name = str(name).removeprefix("hf://")
-    folder = local_copy(name) if is_remote(name) else None
-    name = str(folder or name)
+    if is_remote(name):
+        codec = load_codec(local_copy(name), device, precision)
+        codec.name = name  # not that of the copy
+        return codec
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(

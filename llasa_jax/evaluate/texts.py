@@ -8,7 +8,9 @@ import numpy as np
 
 from llasa_jax.data.records import open_utterances
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.files import parse_json, read_text
+from llasa_jax.runtime.storage import as_path
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ def read_items(texts: str, most: int = 0) -> list[Item]:
     UserError for what is none of these, an empty list, an audio file that is missing, a line that
     cannot be understood, and two items of one id.
     """
-    path = Path(texts)
+    path = as_path(texts)
     readers = {".txt": _of_lines, ".jsonl": _of_jsonl, ".lst": _of_columns}
     folder, _, split = texts.rpartition(":")
-    if path.is_file() and path.suffix.lower() in readers:
-        items = list(readers[path.suffix.lower()](path))
-    elif folder and Path(folder).is_dir():
+    if path.suffix.lower() in readers and path.is_file():
+        items = list(readers[path.suffix.lower()](local_copy(path)))
+    elif folder and as_path(folder).is_dir():
         items = [
             Item(
                 each.id,
