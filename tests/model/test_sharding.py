@@ -5,18 +5,26 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from places import FIXTURES, ROOT, environment
 from reference import config_of, hf_llama
 
 from llasa_jax.errors import UserError
 from llasa_jax.model.settings import ModelSettings
-from llasa_jax.model.sharding import abstract_params, make_mesh, parameter_shardings
+from llasa_jax.model.sharding import (
+    ROWS,
+    abstract_params,
+    make_mesh,
+    parameter_shardings,
+    rows_here,
+    shares_rows,
+)
 from llasa_jax.train.optimizer import make_optimizer
 from llasa_jax.train.settings import OptimizerSettings
 from llasa_jax.train.step import TrainStep
@@ -156,3 +164,24 @@ def test_two_processes_train_like_one():
         for mine, its in zip(json.loads(stdout.splitlines()[-1]), one, strict=True):
             for name in its:
                 np.testing.assert_allclose(mine[name], its[name], rtol=2e-5, err_msg=name)
+
+
+def test_rows_of_this_host():
+    """All of them here; of a sharding in which the host has two pieces, those."""
+    mesh = make_mesh(2, 2, 2)
+    sharding = NamedSharding(mesh, PartitionSpec(None, *ROWS))
+    assert rows_here(sharding, (3, 8, 16)) == [*range(8)]
+    pieces = [slice(None), slice(0, 2), slice(None)], [slice(None), slice(4, 6), slice(None)]
+    part = SimpleNamespace(
+        addressable_devices_indices_map=lambda shape: {0: pieces[0], 1: pieces[1]}
+    )
+    assert rows_here(part, (3, 8, 16)) == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize(("tensor", "shared"), [(1, False), (2, False), (4, True)])
+def test_whether_hosts_share_rows(tensor, shared):
+    """Two hosts of two devices each."""
+    devices = np.array([SimpleNamespace(process_index=i // 2) for i in range(4)])
+    shape = {"data": 1, "fsdp": 4 // tensor, "tensor": tensor}
+    mesh = SimpleNamespace(shape=shape, devices=devices.reshape(*shape.values()))
+    assert shares_rows(mesh) == shared
