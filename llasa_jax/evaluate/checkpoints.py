@@ -11,6 +11,7 @@ from llasa_jax.codec import DEFAULT_CODEC, Codec, load_codec
 from llasa_jax.convert.model_folder import open_model, saved_steps
 from llasa_jax.errors import UserError
 from llasa_jax.evaluate.evaluation import Evaluation, Spoken, Voice
+from llasa_jax.evaluate.recognisers import language_code
 from llasa_jax.evaluate.scorers import DEFAULT_SCORERS, Scoring
 from llasa_jax.evaluate.texts import Item, read_items
 from llasa_jax.generate.sampling import SamplingSettings
@@ -53,6 +54,7 @@ def evaluate(
     chosen = chosen_steps(model, steps)
     languages = {item.language for item in items}
     language = language or (languages.pop() if len(languages) == 1 else "")
+    language_code(language)  # refused before anything large is loaded
     opened = open_model(model)
     sound = load_codec(codec, device)
     check_codec(as_path(model), sound)
