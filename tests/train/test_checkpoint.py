@@ -191,7 +191,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, keep_best, kept):
     # The losses of before are known to the process that goes on.
     with Checkpoints(tmp_path, keep, keep_best, 3) as checkpoints:
         for step in (4, 5, 6):
-            checkpoints.save(step, tree(step), tree(-step), data(), then.get(step))
+            numbers = {"validation_loss": then[step]} if step in then else {}
+            checkpoints.save(step, tree(step), tree(-step), data(), numbers)
         best = min((losses[step], step) for step in kept if step in losses)
         assert checkpoints.best() == best[::-1]
     assert saved_steps(tmp_path) == kept
