@@ -9,6 +9,8 @@ from pathlib import Path
 from llasa_jax.runtime import storage
 from llasa_jax.runtime.files import read_text
 
+# In a bucket, the last file of a model, a release or an adapter.
+LAST = "model.json", "config.json", "adapter_config.json"
 MADE_FROM = ".made_from"  # in a finished folder: the identity of its command
 
 
@@ -33,6 +35,9 @@ def is_made(destination: Path, made_from: str) -> bool:
     """Whether a command has finished `destination`; says so."""
     path = destination / MADE_FROM
     done = path.is_file() and read_text(path, "the note of its command") == made_from
+    if done and storage.is_remote(destination):
+        # The last file to be put up: a process that was killed meanwhile has left the others.
+        done = not {*LAST}.isdisjoint(storage.entries(destination, deep=False))
     if done:
         print(f"{destination}: done already by the same command.")
     return done

@@ -1,5 +1,7 @@
 """Models in buckets: import, reading, export, with the same bytes as on this machine."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ from reference import hf_llama
 
 from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.import_hf import import_hf
+from llasa_jax.convert.made import MADE_FROM
 from llasa_jax.convert.model_folder import load_params, load_tokenizer, open_model
 from llasa_jax.errors import UserError
 from llasa_jax.model.sharding import make_mesh
-from llasa_jax.runtime import storage
+from llasa_jax.runtime import claims, storage
 from llasa_jax.runtime.bucket_files import upload
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.storage import as_path
@@ -29,7 +32,7 @@ def files_of(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != MADE_FROM  # names where the source lies
     }
 
 
@@ -62,14 +65,16 @@ def test_from_a_bucket_to_a_bucket_and_back(bucket, hf, tmp_path):
     assert "model.safetensors" in storage.entries(f"{bucket}/release")
 
 
-def test_what_is_wrong_in_a_bucket_is_told(bucket, hf):
+def test_what_is_wrong_in_a_bucket_is_told(bucket, hf, capsys):
     with pytest.raises(UserError, match="the model is not there"):
         open_model(f"{bucket}/none")
     with pytest.raises(UserError, match="access denied"):
         import_hf(hf, as_path("gs://read-only/model"))
     import_hf(hf, as_path(f"{bucket}/model"))
+    import_hf(hf, as_path(f"{bucket}/model"))
+    assert "done already by the same command" in capsys.readouterr().out
     with pytest.raises(UserError, match="already exists and is not empty"):
-        import_hf(hf, as_path(f"{bucket}/model"))
+        import_hf(hf, as_path(f"{bucket}/model"), dtype="float16")
     # Half a model: without the file that is written last, and without a weight.
     storage.remove(f"{bucket}/model/params/layers.q")
     with pytest.raises(UserError, match=r"holds no readable layers.q \(.*use another checkpoint"):
@@ -77,6 +82,11 @@ def test_what_is_wrong_in_a_bucket_is_told(bucket, hf):
     storage.remove(f"{bucket}/model/model.json")
     with pytest.raises(UserError, match="holds no model: it has no model.json"):
         open_model(f"{bucket}/model")
+    # What a process that was killed as it put the files up has left is written again.
+    dead = {"process": f"{claims._machine()} 999999999 1"}
+    storage.create(f"{bucket}/model/.claims/00000001", json.dumps(dead).encode())
+    import_hf(hf, as_path(f"{bucket}/model"))
+    load_params(f"{bucket}/model", make_mesh(2, 2, 2), "float32")
     storage.write_bytes(f"{bucket}/cut/config.json", (hf / "config.json").read_bytes())
     name = "model-00001-of-00002.safetensors"
     storage.write_bytes(f"{bucket}/cut/model.safetensors", (hf / name).read_bytes()[:-1000])
