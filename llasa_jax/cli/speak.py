@@ -50,8 +50,10 @@ def generate(args) -> None:
     search = None
     if args.search:
         found = SearchSettings.parse(args.search, **{name: getattr(args, name) for name in SEARCH})
-        search = Search(found, *map(_scorers, (args.scorer, args.process_scorer)))
+        search = Search(found)
         search.check(sampling)
+        search.outcome = _scorers(args.scorer, args.device, args.normalize)
+        search.process = _scorers(args.process_scorer, args.device, args.normalize)
     elif args.scorer or args.process_scorer:
         raise UserError("scorers judge the samples of a search; give --search best-of:8 or beam")
     common = {
@@ -108,12 +110,12 @@ def generate(args) -> None:
         files.speak_files(say, lines, args.out, args.codes)
 
 
-def _scorers(names: list[str]) -> list:
+def _scorers(names: list[str], device: str, language: str) -> list:
     if not names:
         return []
-    from llasa_jax.evaluate.scorers import load_scorer
+    from llasa_jax.evaluate.scorers import load_scorers
 
-    return [load_scorer(name) for name in names]
+    return load_scorers(names, "cpu" if device.startswith("jax") else device, language)
 
 
 def add_commands(commands) -> None:
@@ -191,7 +193,8 @@ def _add_search(parser) -> None:
         "--scorer",
         action="append",
         default=[],
-        help="judges finished speech in a search; the first decides, the next where it is even",
+        help="a scorer of `evaluate` that judges finished speech in a search; the first decides,"
+        " the next where it finds no difference",
     )
     parser.add_argument(
         "--process-scorer",

@@ -122,6 +122,21 @@ def test_two_devices_share_the_weights(say, tmp_path):
     assert len(one) == 15
 
 
+def test_a_search_with_a_scorer_by_name(say, tmp_path):
+    """Of four samples the one that the scorer puts first, not that of the first random numbers."""
+    from llasa_jax.evaluate.scorers import load_scorer
+
+    name = next(iter(load_scorer("levels").higher_is_better))
+    status, _ = say(search="best-of:4", rows=2, scorer="levels", temperature=3.0)
+    assert status == 0
+    best = read_audio(tmp_path / "out.wav")
+    sign = 1 if load_scorer("levels").higher_is_better[name] else -1
+    score = sign * load_scorer("levels")([best], ["dog"], [None])[name][0]
+    say(search="best-of:1", temperature=3.0)
+    first = read_audio(tmp_path / "out.wav")
+    assert score >= sign * load_scorer("levels")([first], ["dog"], [None])[name][0]
+
+
 def test_no_speech_at_all_is_an_error_and_no_file(say, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Speaker,
