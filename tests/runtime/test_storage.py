@@ -150,7 +150,7 @@ def test_a_copy_that_differs_is_refused_and_leaves_nothing(bucket, tmp_path, mon
 def test_a_disk_without_room_for_a_copy(bucket, monkeypatch):
     storage.write_bytes(f"{bucket}/data/a.txt", b"one")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2))
-    with pytest.raises(UserError, match="GB free and 0.0 GB are needed"):
+    with pytest.raises(UserError, match="free and .* are needed"):
         local_copy(f"{bucket}/data")
 
 
