@@ -9,6 +9,7 @@ from llasa_jax.convert import model_folder
 from llasa_jax.data.batching import streams_of
 from llasa_jax.model.config import AdapterConfig
 from llasa_jax.model.lora import Adapter, count, join, new_adapters, put_on_devices, split
+from llasa_jax.runtime import hosts
 from llasa_jax.train.checkpoints import Checkpoints
 from llasa_jax.train.prepare import Job
 from llasa_jax.train.progress import say
@@ -31,7 +32,7 @@ def begin(
     """The state, new or that of the newest checkpoint, with `data` at its place."""
     settings, functions = job.settings, job.functions
     frozen: dict = {}
-    base = None
+    trainable, base = None, None
     if functions.adapters:
         frozen, trainable, base = _begin_lora(job.source, functions, functions.adapters, adapter)
     checkpoints = Checkpoints(
@@ -46,14 +47,31 @@ def begin(
         streams=settings.streams,
         here=streams_of(functions.rows_here(*astuple(job.shape)), job.shape.rows, settings.streams),
     )
-    restored = checkpoints.restore(functions.trainable, functions.opt_state, data)
-    if restored:
-        say(f"going on after step {restored[0]}")
-        step, trainable, opt_state = restored
-        return TrainState(step, frozen, trainable, opt_state), checkpoints
-    if not functions.adapters:
+    try:
+        with hosts.failing_together():  # innermost: to leave checkpoints waits for the other hosts
+            return _state(job, checkpoints, frozen, trainable, data), checkpoints
+    except BaseException as error:
+        # Or Orbax's threads fail as Python ends, and print a traceback after the sentence.
+        checkpoints.__exit__(type(error), error, None)
+        raise
+
+
+def _state(
+    job: Job,
+    checkpoints: Checkpoints,
+    frozen: dict,
+    trainable: dict | None,
+    data: grain.DatasetIterator,
+) -> TrainState:
+    """`trainable` are a LoRA run's, before any training; None where the model itself is trained."""
+    functions = job.functions
+    if restored := checkpoints.restore(functions.trainable, functions.opt_state, data):
+        step, trained, opt_state = restored
+        say(f"going on after step {step}")
+        return TrainState(step, frozen, trained, opt_state)
+    if trainable is None:
         trainable = model_folder.restore_params(job.source, functions.trainable)
-    return TrainState(0, frozen, trainable, functions.init(trainable)), checkpoints
+    return TrainState(0, frozen, trainable, functions.init(trainable))
 
 
 def _begin_lora(

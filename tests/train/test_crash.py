@@ -2,6 +2,7 @@
 learned.
 """
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def test_killed_again_and_again_it_loses_nothing(model, tmp_path):
     assert len(losses(killed)) == 6
     assert losses(killed) == losses(never_killed)
     assert saved_steps(killed) == [6]
+
+
+def test_a_damaged_model_ends_in_its_sentence_alone(model, tmp_path):
+    """No thread of Orbax's prints a traceback as Python ends."""
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    layout = damaged / "params" / "_METADATA"
+    layout.write_bytes(layout.read_bytes()[:100])
+    child = start(damaged, tmp_path / "run")
+    _, complained = child.communicate()
+    assert child.returncode == 1
+    assert complained.startswith("UserError: ")
+    assert "layout is damaged" in complained
+    assert complained.count("\n") == 1
 
 
 def test_a_full_disk_is_told_and_costs_no_checkpoint(model, tmp_path):
