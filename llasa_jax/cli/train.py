@@ -12,18 +12,14 @@ from llasa_jax.runtime.settings import number
 from llasa_jax.runtime.signals import CommandSignal
 
 ADDRESSES = 3 << 30  # bytes; with less, XLA aborts or waits for ever as it starts
+OPEN_FILES = 64
 
 
 def train(args) -> int:
     if args.resume_loop:
         command = [sys.executable, "-m", "llasa_jax.cli", "train", *args.settings]
         return run_again(command, args.resume_loop)
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if 0 <= limit < ADDRESSES:  # negative: no limit
-        raise UserError(
-            f"this process may use {limit / 1e9:.1f} GB of addresses, and JAX needs"
-            f" {ADDRESSES / 1e9:.1f} to start; raise the limit (`ulimit -v unlimited`)"
-        )
+    check_limits()
     with CommandSignal() as stop:
         # Imported only now: these take seconds, in which a signal must end the process at once.
         from llasa_jax.finetune import finetune
@@ -36,6 +32,24 @@ def train(args) -> int:
             raise
         finetune(settings, stop)
     return 0
+
+
+def check_limits() -> None:
+    """UserError where the shell's limits are too low for JAX and Orbax, whose threads would print
+    tracebacks or abort.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < ADDRESSES:  # negative: no limit
+        raise UserError(
+            f"this process may use {limit / 1e9:.1f} GB of addresses, and JAX needs"
+            f" {ADDRESSES / 1e9:.1f} to start; raise the limit (`ulimit -v unlimited`)"
+        )
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < OPEN_FILES:
+        raise UserError(
+            f"this process may open {limit} files at a time, and checkpoints need {OPEN_FILES};"
+            " raise the limit (`ulimit -n 4096`)"
+        )
 
 
 def tell_other_hosts(arguments: list[str], text: str) -> None:

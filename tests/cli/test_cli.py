@@ -1,6 +1,7 @@
 """The command line: it answers quickly, and each option reaches the parser that owns it."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -99,10 +100,14 @@ def test_a_closed_pipe_and_a_fault_of_the_machine_end_in_a_sentence(monkeypatch,
         cli.main(["report", "x"])
 
 
-def test_too_few_addresses_are_told_before_jax_aborts(monkeypatch, capsys):
+def test_limits_that_are_too_low_are_told_before_anything_is_imported(monkeypatch, capsys):
     monkeypatch.setattr("resource.getrlimit", lambda _: (2 << 30, -1))
     assert cli.main(["train"]) == 2
     assert "2.1 GB of addresses" in capsys.readouterr().err
+    files = {resource.RLIMIT_AS: (-1, -1), resource.RLIMIT_NOFILE: (24, 4096)}
+    monkeypatch.setattr("resource.getrlimit", files.get)
+    assert cli.main(["train"]) == 2
+    assert "may open 24 files at a time" in capsys.readouterr().err
     monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
     assert cli.main(["train"]) == 2
     assert "model.path is not set" in capsys.readouterr().err
