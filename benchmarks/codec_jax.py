@@ -1,11 +1,11 @@
 """XCodec2 in JAX against transformers' in PyTorch, at full size: `python benchmarks/codec_jax.py`.
 
 The full-size model (629M parameters) gets random weights, since no test may depend on a download.
-Both encode the corpus of real speech, and the corpus played slower, cut to clips of 7.7 s; then
-both decode the codes. Each side has the same number of threads. JAX has compiled its
-programs before. Seconds of processor time are printed beside the clock's: on a machine that does
-other work at the same time they are the fairer ones. A code that differs is printed with its
-distance to the edge between two codes.
+Both encode the corpus of real speech, then text read by flite's four voices (Debian's package
+flite) and the corpus played slower, cut to clips of one length; then both decode the codes. Each
+side has the same number of threads, and JAX has compiled its programs before. Seconds of processor
+time are printed beside the clock's: on a machine that does other work at the same time they are the
+fairer ones. A code that differs is printed with its distance to the edge between two codes.
 
 `--precision` also counts how many codes change where each float32 product is made of three passes
 over bfloat16 parts, as a TPU makes it on request, or of one, and where the weights are bfloat16.
@@ -17,6 +17,8 @@ import contextlib
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,15 +28,19 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/fixtures"))
 
-CLIP_FRAMES = 384
+TEXT = """The north wind and the sun were disputing which was the stronger, when a traveller came
+along wrapped in a warm cloak. They agreed that the one who first succeeded in making the traveller
+take his cloak off should be considered stronger than the other. Then the north wind blew as hard as
+he could, but the more he blew, the more closely did the traveller fold his cloak around him."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--clips", type=int, default=15, help="of 7.7 s each")
-    parser.add_argument("--torch-batch", type=int, default=4, help="clips in a PyTorch batch")
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=384, help="of a clip, of 20 ms each")
+    parser.add_argument("--torch-batch", type=int, default=16, help="clips in a PyTorch batch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", action="store_true")
     parser.add_argument("--stream", action="store_true")
@@ -55,8 +61,8 @@ def main() -> None:
         f"{os.cpu_count()}-core {platform.machine()}, load {os.getloadavg()[0]:.1f}; jax", end=" "
     )
     print(f"{jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    clips = speech()[: options.clips]
-    frames = len(clips) * CLIP_FRAMES
+    clips = speech(options.frames)[: options.clips]
+    frames = len(clips) * options.frames
     print(f"{len(clips)} clips, {frames} frames, {frames / 50:.0f} s of speech", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         config = make_model(folder)
@@ -115,8 +121,8 @@ def main() -> None:
             streamed(ours, np.concatenate(expected[:4]))
 
 
-def speech() -> list:
-    """The corpus of the tests, and the same at nine tenths of its speed, in clips of one length."""
+def speech(frames: int) -> list:
+    """Clips of one length: the tests' corpus, flite's voices, the corpus at nine tenths speed."""
     import numpy as np
     import soxr
 
@@ -125,8 +131,23 @@ def speech() -> list:
     files = sorted((Path(__file__).parents[1] / "tests/speech").glob("*.flac"))
     corpus = np.concatenate([read_audio(file) for file in files])
     slower = soxr.resample(corpus, 0.9 * SAMPLE_RATE, SAMPLE_RATE).astype(np.float32)
-    wave, length = np.concatenate([corpus, slower]), CLIP_FRAMES * 320
+    wave, length = np.concatenate([corpus, *voices(), slower]), frames * 320
     return [wave[i : i + length - 1] for i in range(0, len(wave) - length, length)]
+
+
+def voices() -> list:
+    """A text read by each of flite's voices; none where flite is not installed."""
+    from llasa_jax.speech.audio import read_audio
+
+    if shutil.which("flite") is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "voice.wav"
+        waves = []
+        for voice in ("slt", "rms", "awb", "kal16"):
+            subprocess.run(["flite", "-voice", voice, "-t", TEXT, "-o", file], check=True)
+            waves.append(read_audio(file))
+    return waves
 
 
 def make_model(folder: str) -> dict:

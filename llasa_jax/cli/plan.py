@@ -45,6 +45,33 @@ def plan(args) -> None:
             )
 
 
+def plan_codec(args) -> None:
+    import dataclasses
+    import json
+
+    import jax
+    from transformers import PreTrainedConfig, Xcodec2Config
+
+    if args.topology != "here":
+        jax.config.update("jax_platforms", "cpu")
+    from llasa_jax.codec.xcodec2 import read_config
+    from llasa_jax.plan import codec
+
+    config = Xcodec2Config()
+    if args.codec:
+        config = read_config(args.codec, PreTrainedConfig.get_config_dict(args.codec)[0])
+    plans = [
+        codec.plan_codec(
+            config, args.topology, part, args.hours, args.clips, args.seconds, args.precision
+        )
+        for part in args.part
+    ]
+    if args.json:
+        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+    else:
+        print("\n".join(map(codec.describe, plans)))
+
+
 def add_commands(commands) -> None:
     parser = add_command(
         commands,
@@ -77,5 +104,33 @@ def add_commands(commands) -> None:
         "--search",
         action="store_true",
         help="find the most rows per device and the smallest machine of its kind",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan for programs")
+
+    parser = add_command(
+        commands,
+        "plan-codec",
+        plan_codec,
+        "Say what the codec in JAX takes on a machine that you may not have yet: the memory of a"
+        " batch, and the hours of encoding a corpus.",
+    )
+    parser.add_argument(
+        "--topology", default="here", help="such as v5e:4x4, or `here` for this machine"
+    )
+    parser.add_argument("--codec", help="a folder in transformers' format; default: the published")
+    parser.add_argument(
+        "--part", nargs="+", choices=("encoder", "decoder"), default=["encoder", "decoder"]
+    )
+    parser.add_argument(
+        "--hours", type=number(float, above=0, high=1e8), default=1000, help="of speech"
+    )
+    parser.add_argument(
+        "--clips", type=number(int, low=1, high=4096), default=16, help="at a time on a device"
+    )
+    parser.add_argument(
+        "--seconds", type=number(float, above=0, high=3600), default=10, help="of a clip"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16_3x", "bfloat16"), default="float32"
     )
     parser.add_argument("--json", action="store_true", help="print the plan for programs")

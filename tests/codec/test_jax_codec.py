@@ -47,14 +47,32 @@ def speech():
     return [wave[3000 : 23400 - 491 * i] for i, wave in enumerate(waves)]
 
 
+def edge_distance(torch_codec, wave) -> np.ndarray:
+    """How far from an edge between two codes PyTorch's values of each frame lie."""
+    found = []
+    quantizer = torch_codec.model.quantizer.quantizer
+    hook = quantizer.register_forward_pre_hook(
+        lambda module, inputs: found.append(module.bound(inputs[0])[0].numpy())
+    )
+    torch_codec.encode([wave])
+    hook.remove()
+    return np.abs(np.abs(found[0] - np.floor(found[0])) - 0.5).min(-1)
+
+
 def test_codes_of_clips_of_all_lengths(codec, torch_codec, speech):
     lengths = (1, 79, 319, 320, 321, 400, 639, 640, 5000, 15999, 16000, 20479)
     short = [np.tile(wave, 2)[:n] for wave, n in zip(speech, lengths, strict=False)]
     waves = [*speech, *short, np.zeros(3200, np.float32)]
     codes, expected = codec.encode(waves), torch_codec.encode(waves)
     assert [row.dtype for row in codes] == [np.uint16] * len(waves)
-    for row, theirs in zip(codes, expected, strict=True):
-        np.testing.assert_array_equal(row, theirs)
+    different = 0
+    for wave, row, theirs in zip(waves, codes, expected, strict=True):
+        assert row.shape == theirs.shape
+        frames = np.flatnonzero(row != theirs)
+        different += len(frames)
+        # Round-off decides on which side of an edge between two codes a value lies.
+        assert not len(frames) or edge_distance(torch_codec, wave)[frames].max() < 1e-5
+    assert different <= 1
     assert sum(map(len, codes)) > 1000
     assert min(len(np.unique(row)) for row in codes[: len(speech)]) >= 15  # or it proves little
 

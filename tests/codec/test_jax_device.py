@@ -6,13 +6,19 @@ import jax
 import numpy as np
 import pytest
 from places import SPEECH
+from tiny_run import make_model
 
+from llasa_jax import cli
 from llasa_jax.codec import Xcodec2Codec, load_codec
 from llasa_jax.codec.xcodec2_jax import JaxCodec
 from llasa_jax.data.records import open_utterances
 from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.encode.offline import encode
 from llasa_jax.errors import UserError
+from llasa_jax.generate.speaker import Speaker
+from llasa_jax.inspect.model_checks import check_codec
+from llasa_jax.train.samples import Samples
+from llasa_jax.train.settings import LogSettings
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +63,29 @@ def test_a_dataset_is_the_same_from_either(folder, tmp_path):
     for theirs, ours in zip(records["cpu"], records["jax:0"], strict=True):
         assert theirs.id == ours.id
         np.testing.assert_array_equal(theirs.codes, ours.codes)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["encode", "--manifest", "clips.jsonl", "--out", "codes"],
+        ["import-hf-dataset", "hub/name", "codes", "--columns", "audio=audio,text=text"],
+        ["generate", "--model", "run", "--text", "Hello.", "--out", "hello.wav"],
+        ["doctor", "--config", "recipe.yaml"],
+    ],
+)
+def test_commands_take_it(command):
+    args, _ = cli.new_parser().parse_known_args([*command, "--device", "jax:2,3"])
+    assert args.device == "jax:2,3"
+
+
+def test_doctor_samples_and_a_speaker_use_it(folder, prompter, tmp_path):
+    """A speaker's codec encodes the voices to clone as well."""
+    metadata = {"codec": "any", "fingerprint": load_codec(folder).fingerprint}
+    findings = check_codec(metadata, folder, "jax:1")
+    assert [finding.severity for finding in findings] == ["ok"]
+    settings = LogSettings(samples=["Hello."], codec=str(folder), codec_device="jax:1")
+    speaker = Speaker.load(make_model(tmp_path / "tiny"), codec=folder, device="jax:1")
+    for codec in (Samples(tmp_path, settings, prompter)._codec, speaker.codec):
+        assert isinstance(codec, JaxCodec)
+        assert list(codec._mesh.devices) == jax.devices()[1:2]

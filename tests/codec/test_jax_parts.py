@@ -111,12 +111,26 @@ def test_activation(steps):
     np.testing.assert_allclose(ours, expected.transpose(0, 2, 1), rtol=0, atol=2e-6)
 
 
+def test_pieces_of_an_activation_change_nothing(monkeypatch):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(2, 640, 3)).astype(np.float32)
+    p = {name: generator.normal(size=3).astype(np.float32) for name in ("alpha", "beta")}
+    monkeypatch.setattr(encoder, "_CACHED", 2 * 3 * 64)
+    for first, stop in (((0, 0), (640, 7)), ((130, 3), (131, 600)), ((64, 61), (128, 125))):
+        span = Span(jnp.array(first), jnp.array(stop))
+        pieces = jax.jit(encoder._activate_in_pieces)(x, p, span)
+        whole = jax.jit(encoder._activate)(x, p, span)
+        own = np.asarray(span.mask(640))
+        np.testing.assert_allclose(pieces[own], whole[own], rtol=0, atol=2e-6)
+
+
 def test_windows_of_a_long_clip_change_nothing(weights, monkeypatch):
     p = weights.part("encoder")["acoustic_encoder"]
     ratios = tuple(weights.config.downsampling_ratios)
     waves = np.random.default_rng(0).normal(size=(2, 200 * 320)).astype(np.float32)
     frames = np.array([200, 97], np.int32)
     waves[1, 97 * 320 :] = 0
+    monkeypatch.setattr(encoder, "_CACHED", 1 << 30)  # its pieces are compared below
     whole, parts = [], []
     for window, result in ((512, whole), (64, parts)):
         monkeypatch.setattr(encoder, "WINDOW", window)
@@ -124,7 +138,9 @@ def test_windows_of_a_long_clip_change_nothing(weights, monkeypatch):
         result.extend(np.asarray(run(waves, frames)))
     for row in range(2):
         n = frames[row]
-        np.testing.assert_allclose(parts[row][:n], whole[row][:n], rtol=0, atol=2e-5)
+        # Round-off: the order of a convolution's sums depends on the length.
+        largest = np.abs(whole[row][:n]).max()
+        np.testing.assert_allclose(parts[row][:n], whole[row][:n], rtol=0, atol=2e-6 * largest)
 
 
 def test_context_is_all_that_a_frame_hears(weights):
@@ -163,10 +179,15 @@ def test_quantizer(levels):
     np.testing.assert_allclose(values_of(codes, levels), ours, rtol=0, atol=1e-6)
 
 
-def test_gradients_through_the_codes(model, weights):
+def test_gradients_through_the_codes(tmp_path):
     """From the decoded wave through the quantizer to the encoder's weights, as PyTorch has them."""
-    wave = np.random.default_rng(0).normal(size=(1, 20 * 320)).astype(np.float32) * 0.3
-    target = np.random.default_rng(1).normal(size=(1, 20 * 320)).astype(np.float32) * 0.3
+    config = small_config()
+    config.downsampling_ratios = [8, 8, 5]  # few blocks compile faster
+    model = small_model(config)
+    model.save_pretrained(tmp_path)
+    weights = open_weights(str(tmp_path), json.loads((tmp_path / "config.json").read_text()))
+    wave = np.random.default_rng(0).normal(size=(1, 8 * 320)).astype(np.float32) * 0.3
+    target = np.random.default_rng(1).normal(size=(1, 8 * 320)).astype(np.float32) * 0.3
     extractor = SeamlessM4TFeatureExtractor()
     features = extractor(np.pad(wave[0], 160), sampling_rate=16000, return_tensors="pt")
     model.zero_grad()
@@ -179,7 +200,7 @@ def test_gradients_through_the_codes(model, weights):
         name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
     }
 
-    frames = np.array([20], np.int32)
+    frames = np.array([8], np.int32)
     parameters = {part: weights.part(part) for part in ("encoder", "decoder")}
 
     @jax.jit
@@ -195,8 +216,8 @@ def test_gradients_through_the_codes(model, weights):
         ("encoder", "quantizer.project_in.weight"),
         ("encoder", "semantic_adapter.conv2.weight"),
         ("encoder", "acoustic_encoder.conv1.weight"),
-        ("encoder", "acoustic_encoder.block.2.res_unit2.snake1.act.alpha"),
-        ("encoder", "acoustic_encoder.block.4.conv1.bias"),
+        ("encoder", "acoustic_encoder.block.1.res_unit2.snake1.act.alpha"),
+        ("encoder", "acoustic_encoder.block.2.conv1.bias"),
         ("decoder", "quantizer.project_out.weight"),
         ("decoder", "acoustic_decoder.embed.weight"),
         ("decoder", "acoustic_decoder.head.linear.weight"),
@@ -204,6 +225,8 @@ def test_gradients_through_the_codes(model, weights):
         ours = gradients[part]
         for step in name.split("."):
             ours = ours[step]
+        if ours.ndim == 3:
+            ours = ours.transpose(2, 1, 0)
         scale = expected[name].abs().max().item()
         assert scale > 0
         np.testing.assert_allclose(ours, expected[name].numpy(), rtol=0, atol=1e-3 * scale)
@@ -257,13 +280,20 @@ def test_a_stream_gives_a_chunk_as_soon_as_its_look_ahead_is_there():
     assert len(taken) == 45
 
 
-def test_a_stream_that_one_window_holds_is_decoded_whole(weights):
+def test_a_stream_whose_windows_hold_all_is_decoded_whole(weights):
     from llasa_jax.codec.xcodec2_jax import JaxCodec
 
     codec = JaxCodec("small", weights, devices=jax.devices()[:1])
     codes = np.random.default_rng(0).integers(0, 65536, 60)
+    whole = codec.decode(codes)
+    assert whole.flags.writeable
     chunks = list(codec.stream([codes], chunk=60, look_ahead=0))
-    np.testing.assert_array_equal(np.concatenate(chunks), codec.decode(codes))
+    np.testing.assert_array_equal(np.concatenate(chunks), whole)
+    # Two chunks, blended where they meet: both windows are the whole, so they agree up to the
+    # rounding of the blend.
+    chunks = list(codec.stream([codes], chunk=30, context=60, look_ahead=30))
+    assert len(chunks) == 2
+    np.testing.assert_allclose(np.concatenate(chunks), whole, rtol=0, atol=1e-6)
 
 
 def test_a_stream_of_nothing():

@@ -597,6 +597,34 @@ def opened(model, out, manifest, codec, cache, **changes):
     )
 
 
+def test_training_online_with_the_codec_in_jax_is_training_offline(
+    model, codec_folder, manifest, tmp_path
+):
+    """Codes of PyTorch's codec offline, and of JAX's on two of the devices that train, online."""
+    encode(manifest, tmp_path / "codes", load_codec(codec_folder), validation_share=0.2)
+    split = {"max_length": 512, "validation_split": "validation"}
+    settings = settings_for(
+        model, tmp_path / "offline", data={"path": str(tmp_path / "codes"), **split}
+    )
+    train(settings, *open_sources(settings.sources))
+
+    online = OnlineSettings(
+        codec=str(codec_folder), device="jax:6,2", workers=1, validation_share=0.2, queue=2
+    )
+    data = {"path": str(manifest), "mode": "online", "online": online, **split}
+    settings = settings_for(model, tmp_path / "online", data=data)
+    records, validation = open_sources(settings.sources, online)
+    encoder = open_encoder(online, records, validation)
+    assert list(encoder.codec._mesh.devices) == [jax.devices()[6], jax.devices()[2]]
+    train(settings, records, validation, codec_of(settings.sources, encoder.codec), encoder=encoder)
+    found, wanted = lines_of(tmp_path / "online"), lines_of(tmp_path / "offline")
+    for name in ("loss", "validation_loss"):
+        assert {x["step"]: x[name] for x in found if name in x} == {
+            x["step"]: x[name] for x in wanted if name in x
+        }
+    assert len(losses(tmp_path / "online")) == 6
+
+
 def test_training_online_is_training_offline(
     model, codec_folder, manifest, prompter, tmp_path, monkeypatch, capsys
 ):

@@ -85,6 +85,29 @@ class JaxCodec:
         """Codes as they come to pieces of the wave; see `streaming.stream` for `sizes`."""
         return stream(self.decode, codes, **sizes)
 
+    def compile(self, part: str, rows: int, seconds: float) -> jax.stages.Compiled:
+        """The program of "encoder" or "decoder" for `rows` clips of `seconds` on each device."""
+        dtype = jnp.bfloat16 if self.precision == "bfloat16" else np.float32
+        frames = padded_frames(round(seconds * SAMPLE_RATE) // HOP)
+        rows *= self._mesh.size
+        run, clips = (
+            (self._encode, ((rows, frames * HOP), np.float32))
+            if part == "encoder"
+            else (self._decode, ((rows, frames), np.int32))
+        )
+        everywhere, divided = (
+            NamedSharding(self._mesh, PartitionSpec(*axes)) for axes in ((), ("clips",))
+        )
+        weights = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, dtype, sharding=everywhere),
+            self._weights.part(part),
+        )
+        batch = (
+            jax.ShapeDtypeStruct(shape, kind, sharding=divided)
+            for shape, kind in (clips, ((rows,), np.int32))
+        )
+        return jax.jit(run).lower(weights, *batch).compile()
+
     @cached_property
     def _encoder(self) -> dict:
         return self._on_devices("encoder")
@@ -153,7 +176,8 @@ class JaxCodec:
                 for row, index in enumerate(batch):
                     array[row, : len(clips[index])] = clips[index]
                     frames[row] = len(clips[index]) // steps_in
-                output = np.asarray(run(*jax.device_put((array, frames), sharding)))
+                # Copied: what JAX gives is read-only, and callers may change their waves.
+                output = np.array(run(*jax.device_put((array, frames), sharding)))
                 for row, index in enumerate(batch):
                     results[index] = output[row, : frames[row] * steps_out]
         return [results[index] for index in range(len(clips))]

@@ -27,6 +27,8 @@ from llasa_jax.codec.xcodec2_jax.quantizer import quantize
 # Frames of one clip that the acoustic encoder takes at a time: its arrays are as long as the wave.
 WINDOW = 512
 _DILATIONS = (1, 3, 9)
+_CACHED = 1 << 17  # values of an activation's piece on a CPU
+_REACH = 6  # steps that an activation hears to each side: three at either change of rate
 
 
 def encode(
@@ -100,11 +102,11 @@ def _convolution(x_BTD: jax.Array, p: dict, eps: float) -> jax.Array:
     T, D = x_BTD.shape[1:]
     y = linear(layer_norm(x_BTD, p["layer_norm"], eps), p["pointwise_conv1"])
     y = y[..., :D] * jax.nn.sigmoid(y[..., D:])
-    taps_DW = p["depthwise_conv"]["weight"][:, 0]
-    W = taps_DW.shape[1]
+    taps_WD = p["depthwise_conv"]["weight"][:, 0]
+    W = len(taps_WD)
     # XLA would pad again for each of the slices that are summed.
     y = lax.optimization_barrier(jnp.pad(y, ((0, 0), (W - 1, 0), (0, 0))))
-    y = sum(y[:, i : i + T] * taps_DW[:, i] for i in range(W))
+    y = sum(y[:, i : i + T] * taps_WD[i] for i in range(W))
     return linear(silu(layer_norm(y, p["depthwise_layer_norm"], eps)), p["pointwise_conv2"])
 
 
@@ -151,14 +153,13 @@ def acoustic_encoder(
 
 def context_frames(ratios: tuple[int, ...]) -> int:
     """How many frames to each side the acoustic encoder's output depends on."""
-    activation = 6  # steps: three in the doubling of the rate, three in its halving
     samples, step = 3, 1
     for ratio in ratios:
         samples += step * (
-            sum(2 * activation + 3 * dilation for dilation in _DILATIONS) + activation + 2 * ratio
+            sum(2 * _REACH + 3 * dilation for dilation in _DILATIONS) + _REACH + 2 * ratio
         )
         step *= ratio
-    return math.ceil((samples + step * (activation + 1)) / step)
+    return math.ceil((samples + step * (_REACH + 1)) / step)
 
 
 def _acoustic_window(
@@ -192,31 +193,60 @@ def _residual_units(x_BTC: jax.Array, units: list[dict], span: Span) -> jax.Arra
 
 
 def _activation(x_BTC: jax.Array, p: dict, span: Span) -> jax.Array:
-    """Twice the rate, SnakeBeta, half the rate.
+    """Twice the rate, SnakeBeta, half the rate."""
+    return lax.platform_dependent(x_BTC, p, span, cpu=_activate_in_pieces, default=_activate)
 
-    Both changes of rate are a 12-tap filter that sees a clip's first and last values repeated.
-    The doubled signal is kept as two phases, step 2t in `even` and step 2t + 1 in `odd`.
-    """
-    T = x_BTC.shape[1]
-    taps = kaiser_taps()
+
+def _activate_in_pieces(x_BTC: jax.Array, p: dict, span: Span) -> jax.Array:
+    """As `_activate`, for a processor: a piece's arrays stay in its cache."""
+    B, T, C = x_BTC.shape
+    wanted = max(1, _CACHED // (B * C))
+    core = next(steps for steps in range(min(T, wanted), 0, -1) if T % steps == 0)
+    length = core + 2 * _REACH
+    if length > T or core < wanted // 4:
+        return _activate(x_BTC, p, span)
+
+    def piece(start):
+        first = jnp.clip(start - _REACH, 0, T - length)
+        own = Span(
+            jnp.clip(span.first_B - first, 0, length - 1),
+            jnp.clip(span.stop_B - first, 1, length),
+        )
+        y_BTC = _activate(lax.dynamic_slice_in_dim(x_BTC, first, length, axis=1), p, own)
+        return lax.dynamic_slice_in_dim(y_BTC, start - first, core, axis=1)
+
+    pieces = lax.map(piece, jnp.arange(0, T, core))
+    return jnp.moveaxis(pieces, 0, 1).reshape(B, T, C)
+
+
+def _activate(x_BTC: jax.Array, p: dict, span: Span) -> jax.Array:
+    """Both changes of rate are a 12-tap filter, which sees a clip's ends repeated."""
+    T, taps = x_BTC.shape[1], kaiser_taps()
     x_BTC = x_BTC.astype(jnp.float32)
-    x_BTC = _hold(x_BTC, span, _pick(x_BTC, span.first_B), _pick(x_BTC, span.stop_B - 1))
-    # XLA would pad again for each of the slices that are summed.
-    x_BTC = lax.optimization_barrier(jnp.pad(x_BTC, ((0, 0), (3, 3), (0, 0)), mode="edge"))
-    even = reduce(
-        jnp.add, (2 * taps[2 * d + 5] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-2, 4))
-    )
-    odd = reduce(jnp.add, (2 * taps[2 * d + 6] * x_BTC[:, 3 - d : 3 - d + T] for d in range(-3, 3)))
-    even, odd = _snake_beta(even, p), _snake_beta(odd, p)
-    first, last = _pick(even, span.first_B), _pick(odd, span.stop_B - 1)
-    even, odd = _hold(even, span, first, last), _hold(odd, span, first, last)
-    before, after = (jnp.repeat(edge, 3, axis=1) for edge in (first, last))
-    even, odd = lax.optimization_barrier(
-        tuple(jnp.concatenate([before, phase, after], axis=1) for phase in (even, odd))
-    )
+    # What several others read is made in a loop of two, since XLA would compute it again for each
+    # of them, even after a barrier.
+    twice = partial(lax.map, xs=jnp.arange(2))
+    ends_2B = jnp.stack([span.first_B, span.stop_B - 1])
+    ends = twice(lambda end: _pick(x_BTC, ends_2B[end]))
+    x_BTC = jnp.pad(x_BTC, ((0, 0), (_REACH, _REACH), (0, 0)))
+    x_BTC = lax.optimization_barrier(_hold(x_BTC, _later(span, _REACH), ends))
+    ends = twice(lambda phase: _phase(phase, _pick(x_BTC, ends_2B[phase] + _REACH, 3), p))
+    even, odd = twice(lambda phase: _hold(_phase(phase, x_BTC, p), _later(span, 3), ends))
     y_BTC = sum(taps[i] * even[:, (i + 1) // 2 : (i + 1) // 2 + T] for i in range(1, 12, 2))
     y_BTC += sum(taps[i] * odd[:, i // 2 : i // 2 + T] for i in range(0, 12, 2))
     return y_BTC.astype(p["alpha"].dtype)
+
+
+def _later(span: Span, steps: int) -> Span:
+    return Span(span.first_B + steps, span.stop_B + steps)
+
+
+def _phase(phase, x_BTC: jax.Array, p: dict) -> jax.Array:
+    """SnakeBeta at twice the rate: steps 2t (phase 0) or 2t + 1, of all t but the outer three."""
+    T, taps = x_BTC.shape[1] - 6, 2 * np.array(kaiser_taps(), np.float32)
+    # By how many steps back x lies: 3, 2, ... -3.
+    of_phase = jnp.array([[*taps[11::-2], 0], [0, *taps[10::-2]]])[phase]
+    return _snake_beta(reduce(jnp.add, (of_phase[i] * x_BTC[:, i : i + T] for i in range(7))), p)
 
 
 def _snake_beta(x: jax.Array, p: dict) -> jax.Array:
@@ -242,16 +272,17 @@ def _sine_squared(x: jax.Array) -> jax.Array:
     return jnp.square(x + x * square * series)
 
 
-def _hold(x_BTC: jax.Array, span: Span, first_B1C: jax.Array, last_B1C: jax.Array) -> jax.Array:
-    """`first_B1C` before the span and `last_B1C` after it."""
+def _hold(x_BTC: jax.Array, span: Span, ends_2B1C: jax.Array) -> jax.Array:
+    """The first of `ends_2B1C` before the span and the second after it."""
     step = jnp.arange(x_BTC.shape[1])[None, :, None]
-    x_BTC = jnp.where(step < span.first_B[:, None, None], first_B1C, x_BTC)
-    return jnp.where(step >= span.stop_B[:, None, None], last_B1C, x_BTC)
+    x_BTC = jnp.where(step < span.first_B[:, None, None], ends_2B1C[0], x_BTC)
+    return jnp.where(step >= span.stop_B[:, None, None], ends_2B1C[1], x_BTC)
 
 
-def _pick(x_BTC: jax.Array, step_B: jax.Array) -> jax.Array:
-    """One step of each clip, [B, 1, C]."""
-    return jnp.take_along_axis(x_BTC, step_B[:, None, None], axis=1)
+def _pick(x_BTC: jax.Array, step_B: jax.Array, around: int = 0) -> jax.Array:
+    """One step of each clip and `around` steps to each side, [B, 1 + 2 around, C]."""
+    steps = step_B[:, None] + jnp.arange(-around, around + 1)
+    return jnp.take_along_axis(x_BTC, steps[..., None], axis=1)
 
 
 @cache

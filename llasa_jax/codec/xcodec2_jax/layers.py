@@ -5,10 +5,11 @@ B clips, S samples, T frames (or steps at another rate), C channels in, O channe
 kernel, L layers, D model width, N heads, H head width, F MLP width, R relative distances,
 M mel bands, G groups of a norm, Z digits of a code.
 
-Parameters are nested dicts with transformers' names, and weights keep PyTorch's order, [O, C] and
-[O, C, W]. Clips are padded on the right to a common length; a `Span` says which steps are a clip's
-own. Where PyTorch sees the end of a clip, these functions see it too, so that a clip's result
-depends neither on its neighbours nor on the padding.
+Parameters are nested dicts with transformers' names. Weights are [O, C] as in PyTorch; kernels are
+[W, C, O], the only order for which XLA has a fast convolution inside a loop on a CPU. Clips are
+padded on the right to a common length; a `Span` says which steps are a clip's own. Where PyTorch
+sees the end of a clip, these functions see it too, so that a clip's result depends neither on its
+neighbours nor on the padding.
 """
 
 from typing import NamedTuple
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-QUERY_BLOCK = (
-    128  # queries that attend at a time: memory grows with the length, not with its square
-)
+# Queries of one head that attend at a time: memory grows with the length, not with its square, and
+# a processor's cache holds them.
+QUERY_BLOCK = 256
 
 
 class Span(NamedTuple):
@@ -44,9 +45,8 @@ def zero_outside(x_BTC: jax.Array, span: Span) -> jax.Array:
 
 
 def linear(x: jax.Array, p: dict) -> jax.Array:
-    """[..., C] to [..., O]. Also a convolution with one tap, whose weight is [O, C, 1]."""
-    weight_OC = p["weight"].reshape(p["weight"].shape[:2])
-    y = jnp.einsum("...C,OC->...O", x, weight_OC)
+    """[..., C] to [..., O]."""
+    y = jnp.einsum("...C,OC->...O", x, p["weight"])
     return y + p["bias"] if "bias" in p else y
 
 
@@ -60,7 +60,7 @@ def conv(
         (stride,),
         [(padding, padding)],
         rhs_dilation=(dilation,),
-        dimension_numbers=("NWC", "OIW", "NWC"),
+        dimension_numbers=("NWC", "WIO", "NWC"),
     )
     return y + p["bias"] if "bias" in p else y
 
@@ -109,52 +109,52 @@ def attend(
     """Softmax attention of all steps to the span's steps, [B, T, N, H]; softmax in float32.
 
     `distances_RH` are Wav2Vec2-BERT's relative keys: entry `left + d` is added to the keys that lie
-    d steps after the query, d cut to -left .. R - 1 - left. Queries attend in blocks of
-    `QUERY_BLOCK`, so memory is linear in T.
+    d steps after the query, d cut to -left .. R - 1 - left. Heads attend one after the other, in
+    blocks of up to `QUERY_BLOCK` queries.
     """
     B, T, N, H = q_BTNH.shape
     own_BT, scale = span.mask(T), H**-0.5
-    size = min(T, QUERY_BLOCK)
-    blocks = -(-T // size)
+    blocks = -(-T // QUERY_BLOCK)
+    size = -(-T // blocks)
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))
+    q_NBTH, k_NBTH, v_NBTH = (jnp.moveaxis(x, 2, 0) for x in (q_BTNH, k_BTNH, v_BTNH))
 
-    @jax.checkpoint
-    def block(start):
-        q_BQNH = lax.dynamic_slice_in_dim(q_BTNH, start, size, axis=1)
-        logits_BNQT = jnp.einsum("BQNH,BTNH->BNQT", q_BQNH, k_BTNH).astype(jnp.float32)
-        if distances_RH is not None:
-            logits_BNQT += _relative_logits(q_BQNH, distances_RH, left, start, T).astype(
-                jnp.float32
-            )
-        logits_BNQT = jnp.where(
-            own_BT[:, None, None], logits_BNQT * scale, jnp.finfo(jnp.float32).min
-        )
-        return jnp.einsum(
-            "BNQT,BTNH->BQNH", jax.nn.softmax(logits_BNQT).astype(v_BTNH.dtype), v_BTNH
-        )
+    def head(qkv):
+        q_BTH, k_BTH, v_BTH = qkv
 
-    if blocks == 1:
-        return block(0)
-    outputs = lax.map(block, jnp.arange(blocks) * size)
-    return jnp.moveaxis(outputs, 0, 1).reshape(B, blocks * size, N, H)[:, :T]
+        @jax.checkpoint
+        def block(start):
+            q_BQH = lax.dynamic_slice_in_dim(q_BTH, start, size, axis=1)
+            logits_BQT = jnp.einsum("BQH,BTH->BQT", q_BQH, k_BTH).astype(jnp.float32)
+            if distances_RH is not None:
+                logits_BQT += _relative_logits(q_BQH, distances_RH, left, start, T).astype(
+                    jnp.float32
+                )
+            logits_BQT = jnp.where(own_BT[:, None], logits_BQT * scale, jnp.finfo(jnp.float32).min)
+            return jnp.einsum("BQT,BTH->BQH", jax.nn.softmax(logits_BQT).astype(v_BTH.dtype), v_BTH)
+
+        return lax.map(block, jnp.arange(blocks) * size)
+
+    y_NYBQH = lax.map(head, (q_NBTH, k_NBTH, v_NBTH))  # Y blocks
+    return y_NYBQH.transpose(2, 1, 3, 0, 4).reshape(B, blocks * size, N, H)[:, :T]
 
 
 def _relative_logits(
-    q_BQNH: jax.Array, distances_RH: jax.Array, left: int, start, keys: int
+    q_BQH: jax.Array, distances_RH: jax.Array, left: int, start, keys: int
 ) -> jax.Array:
-    """Products of queries start .. start + Q - 1 with relative keys, [B, N, Q, keys].
+    """Products of queries start .. start + Q - 1 with relative keys, [B, Q, keys].
 
     Products with the R distances are laid out by distance, the outer two repeated; row i of the
     result is that layout moved left by i, which is a reshape to rows shorter by one.
     """
-    B, Q, N, _ = q_BQNH.shape
+    B, Q, _ = q_BQH.shape
     R = distances_RH.shape[0]
-    near_BNQR = jnp.einsum("BQNH,RH->BNQR", q_BQNH, distances_RH)
+    near_BQR = jnp.einsum("BQH,RH->BQR", q_BQH, distances_RH)
     width = keys + Q + R
     # Column c holds distance c - (Q - 1 + left) - start: distance -left is at start + Q - 1.
     before = jnp.arange(width) < start + Q - 1
-    wide = jnp.where(before, near_BNQR[..., :1], near_BNQR[..., -1:])
-    wide = lax.dynamic_update_slice_in_dim(wide, near_BNQR, start + Q - 1, axis=3)
+    wide = jnp.where(before, near_BQR[..., :1], near_BQR[..., -1:])
+    wide = lax.dynamic_update_slice_in_dim(wide, near_BQR, start + Q - 1, axis=2)
     wide = lax.optimization_barrier(wide)
-    shorter = wide.reshape(B, N, Q * width)[..., : Q * (width - 1)].reshape(B, N, Q, width - 1)
+    shorter = wide.reshape(B, Q * width)[:, : Q * (width - 1)].reshape(B, Q, width - 1)
     return shorter[..., Q - 1 + left : Q - 1 + left + keys]

@@ -80,16 +80,20 @@ class Weights:
     names: list[str]  # transformers'
     read: Callable[[str], np.ndarray]
 
+    def names_of(self, part: str) -> list[str]:
+        """The tensors of "encoder" or "decoder"."""
+        return [name for name in self.names if name.startswith(PARTS[part]) and name != _UNUSED]
+
     def part(self, part: str, dtype=np.float32) -> dict:
         """The parameters of "encoder" or "decoder", arrays in the host's memory."""
         tree: dict = {}
         depths: dict[str, int] = {}
-        names = [name for name in self.names if name.startswith(PARTS[part]) and name != _UNUSED]
+        names = self.names_of(part)
         for name in names:
             if stacked := _STACK.fullmatch(name):
                 depths[stacked[1]] = max(depths.get(stacked[1], 0), int(stacked[2]) + 1)
         for name in names:
-            array, stacked = self.read(name), _STACK.fullmatch(name)
+            array, stacked = _in_our_order(self.read(name)), _STACK.fullmatch(name)
             if not stacked:
                 _branch(tree, name)[name.rpartition(".")[2]] = array.astype(dtype)
                 continue
@@ -99,6 +103,13 @@ class Weights:
                 branch[leaf] = np.empty((depths[stacked[1]], *array.shape), dtype)
             branch[leaf][int(stacked[2])] = array
         return tree
+
+
+def _in_our_order(array: np.ndarray) -> np.ndarray:
+    """A kernel [O, C, W] as [W, C, O], or as a weight [O, C] where it has one tap."""
+    if array.ndim < 3:
+        return array
+    return array[..., 0] if array.shape[2] == 1 else array.transpose(2, 1, 0)
 
 
 def _branch(tree: dict, path: str) -> dict:
