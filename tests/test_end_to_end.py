@@ -182,7 +182,7 @@ def test_the_same_training_command_goes_on(demo):
             ],
             "no split 'tests'",
         ),
-        (["import-hf", "{out}/hf", "{out}/model"], "already exists and is not empty"),
+        (["import-hf", "{out}/hf", "{out}/records"], "already exists and is not empty"),
         (["import-hf", "{out}/codec", "{out}/new"], "model_type"),
         (["export-hf", "{out}/records", "{out}/new"], "holds no model"),
         (

@@ -270,7 +270,7 @@ def test_killed_between_the_rename_and_the_clean_up(tmp_path, manifest):
 import os, signal, sys
 from counting_codec import CountingCodec
 from llasa_jax.encode import offline
-offline.remove_journal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+offline.remove_journals = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 offline.encode(*sys.argv[1:], CountingCodec())
 """
     arguments = [sys.executable, "-c", program, str(manifest), str(tmp_path / "out")]
