@@ -151,7 +151,8 @@ def advance(
         for x, table in zip(features, tables, strict=True):
             scores += jnp.einsum("BF,CF->BC", x, table, preferred_element_type=jnp.float32)
         running, at = ~state["ended"], state["at"]
-        finite = state["finite"] & (jnp.isfinite(scores.max(-1)) | state["ended"])
+        total = jax.nn.logsumexp(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+        finite = state["finite"] & (jnp.isfinite(total) | state["ended"])
         may = allowed & ~(stops & (at < state["floor"])[:, None])
         shown = scores
         if loop_codes:
@@ -165,9 +166,7 @@ def advance(
         here = jnp.minimum(jnp.where(running, at, at - 1), S - 1)
         cache = Cache(state["k"], state["v"])
         hidden, cache = model.decode(token[:, None], here[:, None], cache)
-        chance = scores[rows, choice] - jax.nn.logsumexp(
-            jnp.where(allowed, scores, -jnp.inf), axis=-1
-        )
+        chance = scores[rows, choice] - total
         new = state | {
             "k": cache.k,
             "v": cache.v,
