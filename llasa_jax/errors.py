@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class InUseError(UserError):
+    """Another process holds what is wanted, and may let it go."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name, to quote in a sentence."""
     message = str(error).strip() or type(error).__name__

@@ -17,21 +17,46 @@ from llasa_jax.runtime.storage import as_path
 
 
 def encode(args) -> None:
-    from llasa_jax.encode.offline import encode
+    import functools
 
-    encode(
-        manifest=args.manifest,
+    from llasa_jax.encode.offline import Job, encode_here, make_part, seal
+    from llasa_jax.encode.sources import ManifestAudio
+
+    source = functools.partial(
+        ManifestAudio, args.manifest, args.validation_share, args.seed, args.columns
+    )
+    job = Job(
+        source=source,
         out=args.out,
         codec=args.codec,
         device=args.device,
-        validation_share=args.validation_share,
-        seed=args.seed,
         max_bad_share=args.max_bad_share,
         batch_seconds=args.batch_seconds,
         workers=args.workers,
-        columns=args.columns,
         max_clip_seconds=args.max_clip_seconds,
+        clips_a_file=args.clips_a_file,
     )
+    if args.shard:
+        make_part(job, *args.shard)
+    elif args.seal:
+        seal(job)
+    elif args.on == "ray":
+        from llasa_jax.encode.on_ray import encode_on_ray
+
+        encode_on_ray(job, args.ray_address, args.ray_cpus, args.ray_gpus, args.ray_tpus)
+    elif args.devices or args.processes > 1:
+        from llasa_jax.encode.processes import all_devices, encode_on
+
+        encode_on(job, all_devices(args.device, args.processes))
+    else:
+        encode_here(job)
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 0/8, 1/8, ..., 7/8")
+    return int(first), int(count)
 
 
 def import_memmap(args) -> None:
@@ -107,6 +132,7 @@ def add_commands(commands) -> None:
         help="seconds of audio that are read ahead of the codec",
     )
     _add_reading(parser)
+    _add_shards(parser)
 
     parser = add_command(
         commands, "import-memmap", import_memmap, "Bring upstream's memmap files into our format."
@@ -193,6 +219,43 @@ def _add_code_offset(parser: argparse.ArgumentParser) -> None:
         help="subtract this from every code: the id of <|s_0|>, where codes are stored as token ids"
         " (128264 for Llama 3's tokenizer)",
     )
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clips-a-file",
+        type=number(int, low=0, high=10_000_000),
+        default=0,
+        help="clips of a shard, which is one file and one task; 0 chooses",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--shard",
+        type=_part,
+        metavar="I/N",
+        help="make every N-th shard from the I-th on, as one of N jobs; --seal follows them",
+    )
+    how.add_argument(
+        "--seal", action="store_true", help="make the dataset of shards that are all made"
+    )
+    how.add_argument(
+        "--devices", choices=("all",), help="use all GPUs of this machine, a process for each"
+    )
+    how.add_argument("--on", choices=("ray",), help="use a Ray cluster, a task for each shard")
+    parser.add_argument(
+        "--processes",
+        type=number(int, low=1, high=256),
+        default=1,
+        help="for each device; on a CPU they share its cores",
+    )
+    parser.add_argument("--ray-address", default="auto", help="of the cluster; local starts one")
+    for name, default, what in (("cpus", 1.0, "CPUs"), ("gpus", 0.0, "GPUs"), ("tpus", 0.0, "TPU")):
+        parser.add_argument(
+            f"--ray-{name}",
+            type=number(float, low=0, high=1024),
+            default=default,
+            help=f"{what} that a task on Ray takes",
+        )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:

@@ -49,7 +49,8 @@ class AudioSource:
             raise UserError(
                 f"{self.name}: no split {name!r}, it has {has}{fix * (name == 'validation')}."
             )
-        return [indices[i] for i in record_order([self.ids[i] for i in indices], name)]
+        order = record_order([self.ids[i] for i in indices], name)
+        return [indices[i] for i in order.tolist()]
 
     def utterance(self, index: int) -> Utterance:
         """Everything but the codes, which are None."""

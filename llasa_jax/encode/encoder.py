@@ -46,7 +46,8 @@ class Finishing(Protocol):
 
 class Encoder:
     """A codec, the processes that read for it, and the caches of what it has made, one a source
-    (None without). A context, at whose end caches are closed.
+    (None without), which may be changed between two calls of `encode`. A context, at whose end
+    caches are closed.
 
     `clips` are all splits of all sources. Codes are those of each clip alone: clips share the
     codec's batch only with others of their length (see `Xcodec2Codec`).
@@ -61,7 +62,7 @@ class Encoder:
     ):
         self.codec, self.splits, self.settings = codec, clips, settings
         self.skipped = clips[0].skipped
-        self._caches = caches
+        self.caches = caches
         self._sources = list(
             {one.number: one.audio for one in sorted(clips, key=lambda one: one.number)}.values()
         )
@@ -178,7 +179,7 @@ class Encoder:
     def finish(self) -> None:
         """Encodes no more, and turns caches that are whole into datasets."""
         self.stop()
-        for number, cache in enumerate(self._caches):
+        for number, cache in enumerate(self.caches):
             if isinstance(cache, Finishing):
                 cache.finish(self.skipped.of(number))
 
@@ -189,13 +190,13 @@ class Encoder:
             self._readers.close()
 
     def __enter__(self):
-        if not all(self._caches):
+        if not all(self.caches):
             self._start_readers()  # while the model is loaded
         return self
 
     def __exit__(self, *error):
         self.stop()
-        for cache in filter(None, self._caches):
+        for cache in filter(None, self.caches):
             cache.close()
 
     def _known(self, clip: PlannedClip) -> tuple[bool, np.ndarray | None]:
@@ -205,7 +206,7 @@ class Encoder:
         self._used[number][index] = True
         if clip.key in self.skipped:
             return True, None
-        cache = self._caches[number]
+        cache = self.caches[number]
         codes = cache.get(index) if cache else None
         return codes is not None and clip.num_codes in (0, len(codes)), codes
 
@@ -257,7 +258,7 @@ class Encoder:
                 " device" + (f", or raise data.online.gpu_memory (it is {share})" if share else "")
             ) from error
         self.encoded_seconds += seconds
-        for number, cache in enumerate(self._caches):
+        for number, cache in enumerate(self.caches):
             if cache:
                 cache.put(
                     [

@@ -15,7 +15,7 @@ from llasa_jax.data.importing import UNKNOWN_CODEC, Imported, Noted, write_impor
 from llasa_jax.data.manifest import Clip, assign_splits, file_key
 from llasa_jax.data.seal import identity
 from llasa_jax.encode.hf_table import HFTable, load_splits
-from llasa_jax.encode.offline import MAX_CLIP_SECONDS, Summary, encode_audio
+from llasa_jax.encode.offline import MAX_CLIP_SECONDS, Job, Summary, encode_here
 from llasa_jax.encode.tables import TableAudio, check_columns, row_id
 from llasa_jax.errors import UserError
 
@@ -55,14 +55,16 @@ def import_hf_dataset(
     check_columns(name, tables, columns)
     if "audio" in columns:
         audio = TableAudio(name, tables, columns, validation_share, seed)
-        return encode_audio(
-            audio,
-            out,
-            codec,
-            device,
-            max_bad_share,
-            workers=workers,
-            max_clip_seconds=max_clip_seconds,
+        return encode_here(
+            Job(
+                lambda: audio,
+                out,
+                codec,
+                device,
+                max_bad_share,
+                workers=workers,
+                max_clip_seconds=max_clip_seconds,
+            )
         )
     parts = {split: (split, np.arange(len(table))) for split, table in tables.items()}
     if "train" in tables and validation_share and "validation" not in tables:

@@ -19,7 +19,7 @@ import numpy as np
 
 from llasa_jax.data.bad_list import as_text
 from llasa_jax.encode.audio_source import AudioSource
-from llasa_jax.errors import UserError
+from llasa_jax.errors import InUseError, UserError
 from llasa_jax.runtime.files import explain
 
 JOURNAL = "journal.sqlite"
@@ -130,7 +130,7 @@ class Journal:
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", "")
             if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                raise UserError(
+                raise InUseError(
                     f"{self._path}: in use ({error}); wait for the other run that is encoding to"
                     " the same folder."
                 ) from error

@@ -1,37 +1,98 @@
 """Offline encoding: audio and text become a dataset of codes, crash-safe and resumable.
 
-It is the `Encoder` of online training over every clip of a source. Codes go into a journal,
-`<out>.partial/journal.sqlite`, as they are made; the dataset is built from it when all are there.
+It is the `Encoder` of online training over every clip of a source, shard by shard. In one process
+codes go into one journal, `<out>.partial/journal.sqlite`, as they are made; tasks that make shards
+elsewhere have a journal each. The dataset is sealed when all shards are there.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import cast
 
 from tqdm import tqdm
 
 from llasa_jax.codec import Codec, load_codec
-from llasa_jax.data.bad_list import BadList, reason_of
-from llasa_jax.data.builder import write_dataset
-from llasa_jax.data.records import record_of
-from llasa_jax.data.seal import TEXTS, check_unfinished, identity, is_made
+from llasa_jax.data.bad_list import BadList
+from llasa_jax.data.seal import SEAL, check_unfinished, identity, is_made
+from llasa_jax.data.shards import Made, Shard, seal_dataset
 from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.encode.bucket_journal import beside, open_journal, remove_journals
-from llasa_jax.encode.encoder import Encoder
-from llasa_jax.encode.journal import Journal
-from llasa_jax.encode.planned import PlannedClips, Skipped, planned
 from llasa_jax.encode.settings import OnlineSettings
+from llasa_jax.encode.shards import Looked, ShardMaker, remove_shards
 from llasa_jax.encode.sources import ManifestAudio
-from llasa_jax.errors import UserError
-from llasa_jax.runtime.storage import absolute, check_writable
+from llasa_jax.errors import UserError, listed
+from llasa_jax.runtime.storage import absolute, as_path, check_writable
 
 MAX_CLIP_SECONDS = OnlineSettings().max_clip_seconds
-AHEAD = 1024  # clips to choose from, for those of one length to be encoded together
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A dataset that is to be encoded. It goes to other processes where `source` and `codec` do.
+
+    `source` opens the audio. `codec` is a loaded one, or a name or folder for `load_codec(codec,
+    device)`. Audio is read by `workers` processes for each codec, no more than `batch_seconds` of
+    it ahead of the codec. `clips_a_file` 0 cuts the dataset as `builder.file_count` says. Raises
+    `UserError` for a value out of its range.
+    """
+
+    source: Callable[[], AudioSource]
+    out: str | os.PathLike
+    codec: str | os.PathLike | Codec
+    device: str = "cpu"
+    max_bad_share: float = 0.05
+    batch_seconds: float = 600.0
+    workers: int = 4
+    max_clip_seconds: float = MAX_CLIP_SECONDS
+    clips_a_file: int = 0
+
+    def __post_init__(self):
+        infinite = float("inf")
+        faults = {
+            f"max_bad_share {self.max_bad_share} must be in [0, 1]": 0 <= self.max_bad_share <= 1,
+            f"batch_seconds {self.batch_seconds} must be above 0": (
+                0 < self.batch_seconds < infinite
+            ),
+            f"workers {self.workers} must be in [1, 1024]": 1 <= self.workers <= 1024,
+            f"max_clip_seconds {self.max_clip_seconds} must be above 0": self.max_clip_seconds > 0,
+            f"clips_a_file {self.clips_a_file} must not be below 0": self.clips_a_file >= 0,
+        }
+        for words, right in faults.items():
+            if not right:
+                raise UserError(f"{words}; correct the setting.")
+        object.__setattr__(self, "out", absolute(self.out))
+
+    @property
+    def folder(self) -> Path:
+        """The dataset's, from the root of the disk or bucket."""
+        return as_path(self.out)
+
+    def open(self, codec: Codec | None = None) -> ShardMaker:
+        """What makes its shards, with this codec or its own."""
+        if codec is None:
+            codec = (
+                load_codec(self.codec, self.device)
+                if isinstance(self.codec, str | Path)
+                else cast(Codec, self.codec)
+            )
+        settings = OnlineSettings(
+            device=self.device,
+            workers=self.workers,
+            read_ahead=self.batch_seconds,
+            max_bad_share=1.0,  # judged at the end, when all good clips are encoded
+            gpu_memory=0.0,
+            max_clip_seconds=self.max_clip_seconds,
+        )
+        return ShardMaker(self.source(), self.folder, codec, settings, self.clips_a_file)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `encode` did: clips encoded now, taken from the journal, and bad; hours of speech;
+    """What `encode` did: clips encoded now, made by earlier runs, and bad; hours of speech;
     examples of each split.
     """
 
@@ -49,143 +110,162 @@ def encode(
     device: str = "cpu",
     validation_share: float = 0.0,
     seed: int = 0,
-    max_bad_share: float = 0.05,
-    batch_seconds: float = 600.0,
-    workers: int = 4,
     columns: str = "",
-    max_clip_seconds: float = MAX_CLIP_SECONDS,
+    **options,
 ) -> Summary:
     """Encodes a manifest's audio (`columns` are those of `read_manifest`) into a new dataset (see
     `write_dataset`) in the folder `out`.
 
     An utterance without a split of its own goes to "validation" or "train" by a hash of `seed` and
     its id, so it stays where it is when others come or go; `validation_share` of the clips, and
-    never none, are "validation". The rest is as in `encode_audio`.
+    never none, are "validation". `options` are those of `Job`, and the rest is as in `encode_here`.
     """
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share {validation_share} must be in [0, 1).")
-    _check(max_bad_share, batch_seconds, workers, max_clip_seconds)
-    source = ManifestAudio(manifest, validation_share, seed, columns)
-    return encode_audio(
-        source, out, codec, device, max_bad_share, batch_seconds, workers, max_clip_seconds
-    )
+    source = functools.partial(ManifestAudio, manifest, validation_share, seed, columns)
+    return encode_here(Job(source, out, codec, device, **options))
 
 
-def encode_audio(
-    source: AudioSource,
-    out: str | os.PathLike,
-    codec: str | Codec,
-    device: str = "cpu",
-    max_bad_share: float = 0.05,
-    batch_seconds: float = 600.0,
-    workers: int = 4,
-    max_clip_seconds: float = MAX_CLIP_SECONDS,
-) -> Summary:
-    """Encodes every clip of a source of audio into a new dataset (see `write_dataset`) in `out`.
+def encode_here(job: Job) -> Summary:
+    """Encodes every clip of a job's source into a new dataset: makes all shards in this process,
+    and seals them.
 
-    `codec` is a loaded one, or a name or folder for `load_codec(codec, device)`. Audio is read by
-    `workers` processes, no more than `batch_seconds` of it ahead of the codec. Codes are kept as
-    they are made, and the same command goes on from them after an interruption; given again when
-    it is done, it does nothing. Clips that cannot be read, that have no text, or that are longer
-    than `max_clip_seconds` are passed over and listed, with reasons, in `<out>.bad.jsonl`. Raises
-    `UserError`, keeps the journal and writes no dataset if they are more than `max_bad_share` of
-    all, or all; also if `out` holds anything else or another run is writing it.
+    Codes are kept as they are made, and the same command goes on from them after an interruption;
+    given again when it is done, it does nothing. Clips that cannot be read, that have no text, or
+    that are longer than `max_clip_seconds` are passed over and listed, with reasons, in
+    `<out>.bad.jsonl`. Raises `UserError`, keeps the journal and writes no dataset if they are more
+    than `max_bad_share` of all, or all; also if `out` holds anything else or another run is writing
+    it.
     """
-    _check(max_bad_share, batch_seconds, workers, max_clip_seconds)
-    out = absolute(out)
-    check_writable(out.parent)
-    partial, bad_list = beside(out, "partial"), BadList(beside(out, "bad.jsonl"))
-    check_unfinished(out)  # before the codec is loaded
-    if isinstance(codec, str | os.PathLike):
-        codec = load_codec(codec, device)
-    skipped = Skipped(quiet=True)
-    good, made_from = _look(source, codec, max_clip_seconds, skipped)
-    if (summary := is_made(out, made_from)) is not None:
-        remove_journals(out)
-        print(f"{out}: done already by the same command.")
-        return Summary(**summary)
+    check_writable(job.folder.parent)
+    check_unfinished(job.folder)  # before the codec is loaded
+    with job.open() as maker:
+        looked = [maker.look(shard) for shard in maker.shards]
+        if (summary := _is_made(job, looked)) is not None:
+            return summary
+        made: list[Made] = []
+        clips = len(maker.source)
+        with (
+            open_journal(job.folder, maker.source, maker.codec.fingerprint) as journal,
+            tqdm(desc="encode", total=clips, unit="clip") as bar,
+        ):
+            for shard, look in zip(maker.shards, looked, strict=True):
+                found = maker.find(shard, look)
+                if found:
+                    maker.resumed += found.examples
+                    bar.update(len(shard.members))
+                made.append(found or maker.make(shard, look, journal, bar.update))
+            if maker.resumed:
+                print(f"{maker.resumed} of {clips} clips were encoded by an earlier run.")
+        return _seal(job, maker, made)
 
-    with open_journal(out, source, codec.fingerprint) as journal:
-        ready = {index for index in good if journal.get(index) is not None}
-        if ready:
-            print(f"{len(ready)} of {len(source)} clips were encoded by an earlier run.")
-        if journal.damaged:
-            print(f"The codes of {journal.damaged} clips in {partial} are damaged, and made again.")
-        settings = OnlineSettings(
-            device=device,
-            workers=workers,
-            read_ahead=batch_seconds,
-            max_bad_share=1.0,  # judged at the end, when all good clips are encoded
-            gpu_memory=0.0,
-            max_clip_seconds=max_clip_seconds,
+
+def make_part(job: Job, first: int, count: int) -> int:
+    """Makes every `count`-th shard of a job from the `first` on, and passes over those that are
+    made. They lie in `<out>.shards/` until `seal`. Returns how many are its. Raises `UserError`
+    where another process makes one of them.
+    """
+    if not 0 <= first < count:
+        raise UserError(f"the part {first}/{count} is none; number them from 0/{count} on.")
+    check_writable(job.folder.parent)
+    if (job.folder / SEAL).is_file():
+        print(f"{job.folder}: is sealed already.")
+        return 0
+    with job.open() as maker:
+        shards = maker.shards[first::count]
+        total = sum(len(shard.members) for shard in shards)
+        with tqdm(desc=f"encode {first}/{count}", total=total, unit="clip") as bar:
+            for shard in shards:
+                make_shard(maker, shard, bar.update)
+    return len(shards)
+
+
+def make_shard(maker: ShardMaker, shard: Shard, done: Callable[[int], object]) -> Made:
+    """Makes one shard, with a journal of its own, where it is not made already; calls `done` with
+    how many clips are there.
+    """
+    looked = maker.look(shard)
+    if not (made := maker.find(shard, looked)):
+        place = maker.folder / shard.name
+        with open_journal(place, maker.source, maker.codec.fingerprint) as journal:
+            return maker.make(shard, looked, journal, done)
+    done(len(shard.members))
+    return made
+
+
+def seal(job: Job, codec: Codec | None = None) -> Summary:
+    """Makes the dataset of shards that are all there (see `make_part`), made with the same
+    settings. Of `codec` only the description is used. Raises `UserError` where some are missing or
+    of other input.
+    """
+    check_unfinished(job.folder)
+    maker = job.open(codec)
+    looked = [maker.look(shard) for shard in maker.shards]
+    if (summary := _is_made(job, looked)) is not None:
+        return summary
+    found = [maker.find(*each) for each in zip(maker.shards, looked, strict=True)]
+    missing = [s.name for s, made in zip(maker.shards, found, strict=True) if not made]
+    if missing:
+        raise UserError(
+            f"{maker.folder}: {len(missing)} of {len(found)} shards are not there, or made of other"
+            f" input ({listed(missing)}); make them with --shard and the same options first."
         )
-        _encode(source, good - ready, codec, settings, journal, skipped)
-        good -= skipped.of(0)
-        for line in skipped.lines:
-            bad_list.add(line)
-        bad_list.publish()
-        if len(skipped) > max_bad_share * len(source) or not good:
-            raise UserError(
-                f"{source.name}: {len(skipped)} of {len(source)} clips are bad (max_bad_share is"
-                f" {max_bad_share}); the first: {skipped.lines[0]['reason']} Fix those listed in"
-                f" {bad_list.path}, or take them out, and run again: the good ones are kept."
-            )
-        splits: dict[str, list[int]] = {}
-        for index in sorted(good):
-            splits.setdefault(source.split_names[index], []).append(index)
-        counts = {split: len(members) for split, members in sorted(splits.items())}
-        done = Summary(len(good) - len(ready), len(ready), len(skipped), 0.0, counts)
-        frames: list[int] = []
+    made = [each for each in found if each]
+    maker.resumed = sum(each.examples for each in made)
+    return _seal(job, maker, made)
 
-        def records(indices: list[int]) -> Iterator[dict]:
-            for index in indices:
-                codes = journal.get(index)
-                if codes is None:
-                    raise UserError(
-                        f"{partial}: the codes of {source.ids[index]!r} are damaged, or its audio"
-                        " has changed; give the same command again, which encodes it again."
-                    )
-                frames.append(len(codes))
-                yield record_of(source.utterance(index), codes)
 
-        def finish() -> dict:
-            nonlocal done
-            hours = sum(frames) * codec.hop / codec.sample_rate / 3600
-            done = dataclasses.replace(done, hours=hours)
-            return dataclasses.asdict(done)
-
-        streams = {split: records(indices) for split, indices in splits.items()}
-        write_dataset(out, streams, codec_metadata(codec), made_from, finish)
-    remove_journals(out)
-    words = ", ".join(f"{count} {split}" for split, count in counts.items())
+def _seal(job: Job, maker: ShardMaker, made: list[Made]) -> Summary:
+    """Judges and lists the bad clips of all shards, and makes the dataset of the others."""
+    source, codec, out = maker.source, maker.codec, job.folder
+    bad_list = BadList(beside(out, "bad.jsonl"))
+    bad = [line for each in made for line in each.bad]
+    for line in bad:
+        bad_list.add(line)
+    bad_list.publish()
+    if len(bad) > job.max_bad_share * len(source) or not sum(each.examples for each in made):
+        raise UserError(
+            f"{source.name}: {len(bad)} of {len(source)} clips are bad (max_bad_share is"
+            f" {job.max_bad_share}); the first: {bad[0]['reason']} Fix those listed in"
+            f" {bad_list.path}, or take them out, and run again: the good ones are kept."
+        )
+    counts: Counter[str] = Counter()
+    for shard, each in zip(maker.shards, made, strict=True):
+        counts[shard.split] += each.examples
+    splits = {split: count for split, count in counts.items() if count}
+    hours = sum(each.frames for each in made) * codec.hop / codec.sample_rate / 3600
+    shards = list(zip(maker.shards, made, strict=True))
+    made_from = _of_all(each.made_from for each in made)
+    # Not how many were encoded now: however often it was interrupted, the dataset is the same.
+    kept = {"bad": len(bad), "hours": hours, "splits": splits}
+    seal_dataset(out, maker.folder, shards, codec_metadata(codec), made_from, kept)
+    _clean_up(out)
+    words = ", ".join(f"{count} {split}" for split, count in splits.items())
     print(
-        f"{out}: {words}; {done.hours:.2f} hours of speech"
-        + (f"; {done.bad} bad clips, see {bad_list.path}." if done.bad else ".")
+        f"{out}: {words}; {hours:.2f} hours of speech"
+        + (f"; {len(bad)} bad clips, see {bad_list.path}." if bad else ".")
     )
-    return done
+    return Summary(maker.encoded, maker.resumed, len(bad), hours, splits)
 
 
-def _encode(
-    source: AudioSource,
-    wanted: set[int],
-    codec: Codec,
-    settings: OnlineSettings,
-    journal: Journal,
-    skipped: Skipped,
-) -> None:
-    """Puts the codes of these clips into the journal, or the clips into `skipped`."""
-    # Neighbours in file size are near in length: the codec batches equal lengths, and the longest
-    # come last.
-    todo = sorted(wanted, key=lambda index: (source.key(index)[1], source.ids[index]))
-    settings = dataclasses.replace(settings, workers=min(settings.workers, max(len(todo), 1)))
-    clips = PlannedClips(source, source.split_names[0], 0, skipped)
-    groups = (([planned(source.utterance(index), (0, index))], None) for index in todo)
-    encoder = Encoder(codec, [clips], settings, [journal])
-    try:
-        for _ in tqdm(encoder.encode(groups, AHEAD), "encode", len(todo), unit="clip"):
-            pass
-    finally:
-        encoder.stop()
+def _is_made(job: Job, looked: list[Looked]) -> Summary | None:
+    """The summary of a dataset that was made of the same; None where there is none."""
+    kept = is_made(job.folder, _of_all(each.made_from for each in looked))
+    if kept is None:
+        return None
+    _clean_up(job.folder)
+    print(f"{job.folder}: done already by the same command.")
+    splits = kept["splits"]
+    return Summary(0, sum(splits.values()), kept["bad"], kept["hours"], splits)
+
+
+def _clean_up(out: Path) -> None:
+    remove_journals(out)
+    remove_shards(out)
+
+
+def _of_all(shards: Iterable[str]) -> str:
+    return identity("encode", sorted(shards))
 
 
 def codec_metadata(codec: Codec) -> dict:
@@ -196,39 +276,3 @@ def codec_metadata(codec: Codec) -> dict:
         "hop": codec.hop,
         "sample_rate": codec.sample_rate,
     }
-
-
-def _look(
-    source: AudioSource, codec: Codec, max_clip_seconds: float, skipped: Skipped
-) -> tuple[set[int], str]:
-    """The clips that may be encoded, and the identity of the command. Others go to `skipped`."""
-    good: set[int] = set()
-
-    def rows() -> Iterator[tuple]:
-        for index in range(len(source)):
-            # Neither the paths nor the order matter, but what lies there.
-            yield source.ids[index], source.split_names[index], *source.key(index)[1:]
-            try:
-                if index in source.faults:
-                    raise UserError(source.faults[index])
-                utterance = source.utterance(index)
-                source.check_text(index, utterance.text)
-            except Exception as error:  # noqa: BLE001 one clip never ends all
-                skipped.add((0, index), source.ids[index], source.key(index)[0], reason_of(error))
-                continue
-            good.add(index)
-            yield tuple(getattr(utterance, name) for name in TEXTS)
-
-    return good, identity("encode", codec.fingerprint, max_clip_seconds, rows())
-
-
-def _check(max_bad_share: float, batch_seconds: float, workers: int, max_seconds: float) -> None:
-    faults = {
-        f"max_bad_share {max_bad_share} must be in [0, 1]": not 0 <= max_bad_share <= 1,
-        f"batch_seconds {batch_seconds} must be above 0": not 0 < batch_seconds < float("inf"),
-        f"workers {workers} must be in [1, 1024]": not 1 <= workers <= 1024,
-        f"max_clip_seconds {max_seconds} must be above 0": not max_seconds > 0,
-    }
-    for words, wrong in faults.items():
-        if wrong:
-            raise UserError(f"{words}; correct the setting.")

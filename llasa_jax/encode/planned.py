@@ -92,12 +92,20 @@ class PlannedClips(Sequence[PlannedClip | None]):
     """One split of a source of audio as records to plan rows with. `number` tells the source from
     the run's others.
 
-    A clip whose length cannot be read from its header is skipped: None.
+    A clip whose length cannot be read from its header is skipped: None. `indices` takes the place
+    of the split's.
     """
 
-    def __init__(self, audio: AudioSource, split: str, number: int, skipped: Skipped):
+    def __init__(
+        self,
+        audio: AudioSource,
+        split: str,
+        number: int,
+        skipped: Skipped,
+        indices: Sequence[int] | None = None,
+    ):
         self.audio, self.split, self.number, self.skipped = audio, split, number, skipped
-        self.indices = [*audio.split(split)]
+        self.indices = [*(audio.split(split) if indices is None else indices)]
         self._samples = np.full(len(self.indices), -1, np.int64)
 
     def __len__(self) -> int:

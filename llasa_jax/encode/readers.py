@@ -102,7 +102,7 @@ class Readers:
             daemon=True,
             name="llasa-jax reader",
         )
-        with _without_main():
+        with without_main():
             process.start()
         theirs.close()  # or the process's end would go unnoticed
         self._busy[ours] = None, monotonic(), process
@@ -143,7 +143,7 @@ class Readers:
 
 
 @contextlib.contextmanager
-def _without_main():
+def without_main():
     """Keeps multiprocessing from running the main program once more in the process that it starts:
     readers need nothing of it, and a plain script has no `if __name__ == "__main__"`.
     """

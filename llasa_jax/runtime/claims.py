@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llasa_jax.errors import UserError
+from llasa_jax.errors import InUseError, UserError
 from llasa_jax.runtime import storage
 
 CLAIMS = ".claims"
@@ -67,7 +67,7 @@ class Claim:
         while True:
             newest = self._newest()
             if newest and not self._is_free(newest):
-                raise UserError(
+                raise InUseError(
                     f"another process ({self._holder(newest)}) is {self._doing} in {self._folder};"
                     " wait for its end or stop it, or choose another folder"
                 )

@@ -2,6 +2,7 @@
 back.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -160,7 +161,7 @@ def test_a_crash_while_the_dataset_is_built_loses_nothing(tmp_path, manifest, mo
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llasa_jax.encode.offline.write_dataset", crash)
+        patch.setattr("llasa_jax.encode.shards.write_shard", crash)
         with pytest.raises(OSError, match="disk full"):
             encode(manifest, tmp_path / "out", CountingCodec())
     codec = CountingCodec()
@@ -226,7 +227,7 @@ def test_too_many_bad_clips_stop_the_run_and_can_be_mended(tmp_path, manifest):
 def test_damaged_codes_in_the_journal_are_made_anew(tmp_path, manifest, monkeypatch, capsys):
     encode(manifest, tmp_path / "wanted", CountingCodec())
     with monkeypatch.context() as patch:
-        patch.setattr("llasa_jax.encode.offline.write_dataset", raise_disk_error)
+        patch.setattr("llasa_jax.encode.shards.write_shard", raise_disk_error)
         with pytest.raises(OSError, match="disk"):
             encode(manifest, tmp_path / "out", CountingCodec())
     with closing(sqlite3.connect(tmp_path / "out.partial/journal.sqlite")) as journal, journal:
@@ -255,7 +256,9 @@ def test_the_same_command_again(tmp_path, manifest, capsys):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/journal.sqlite").touch()
     codec = CountingCodec()
-    assert encode(manifest, tmp_path / "out", codec, **options) == first
+    again = encode(manifest, tmp_path / "out", codec, **options)
+    assert (first.encoded, first.resumed) == (11, 0)
+    assert again == dataclasses.replace(first, encoded=0, resumed=11)
     assert "done already" in capsys.readouterr().out
     assert codec.seen == []
     assert (tmp_path / "out.bad.jsonl").read_text() == listed
