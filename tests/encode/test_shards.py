@@ -153,27 +153,19 @@ def test_bad_parts():
 def test_killed_at_random_moments(tmp_path, manifest, wanted):
     """All processes of an encoding are killed at a random moment, three times."""
     program = """
-import functools, sys, time
-from counting_codec import CountingCodec
+import functools, sys
+from counting_codec import SlowCodec
 from llasa_jax.encode.offline import Job
 from llasa_jax.encode.processes import encode_on
 from llasa_jax.encode.sources import ManifestAudio
-import slow_codec
 encode_on(Job(functools.partial(ManifestAudio, sys.argv[1], 0.2, 1), sys.argv[2],
-    slow_codec.SlowCodec(), max_bad_share=0.1, workers=1, clips_a_file=3), ["cpu", "cpu"])
+    SlowCodec(0.2), max_bad_share=0.1, workers=1, clips_a_file=3), ["cpu", "cpu"])
 """
-    (tmp_path / "slow_codec.py").write_text(
-        "import time\nfrom counting_codec import CountingCodec\n"
-        "class SlowCodec(CountingCodec):\n"
-        "    def encode(self, waves):\n        time.sleep(0.2)\n"
-        "        return super().encode(waves)\n"
-    )
     out = tmp_path / "sets/out"
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
     arguments = [sys.executable, "-c", program, str(manifest), str(out)]
     rng, killed = random.Random(0), 0
     while not out.exists():
-        with subprocess.Popen(arguments, env=environment, start_new_session=True) as process:
+        with subprocess.Popen(arguments, start_new_session=True) as process:
             if killed < 3:
                 time.sleep(rng.uniform(2.5, 5))
             else:
