@@ -148,6 +148,7 @@ def test_out_to_peft_and_merged(kind, bases, tmp_path):
     np.testing.assert_allclose(as_model, ours, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is")
 def test_a_run_learns_keeps_only_what_it_trained_and_resumes(bases, trained, tmp_path):
     run = trained
     numbers = losses(run)

@@ -150,7 +150,8 @@ def test_files_that_lie_or_hang_are_listed(tmp_path, folder, transcripts):
         path = next(folder.rglob(f"{name}.*npy"))
         path.unlink()
         os.mkfifo(path) if name == "clip3" else path.mkdir()
-    np.save(open(os.fsencode(folder) + b"/caf\xe9.npy", "wb"), [1, 2])  # noqa: SIM115
+    with open(os.fsencode(folder) + b"/caf\xe9.npy", "wb") as file:
+        np.save(file, [1, 2])
     result = import_codes(folder, transcripts, tmp_path / "out", max_bad_share=0.5)
     assert (result.splits, result.bad) == ({"train": 15}, 6)
     reasons = {

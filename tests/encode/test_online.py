@@ -290,6 +290,7 @@ def test_readers_that_cannot_start_are_told(one_reader):
         kill()
 
 
+@pytest.mark.filterwarnings("ignore:training has waited")
 def test_a_stalled_source_is_told(manifest, prompter):
     encoder, clips = encoder_of(
         SlowAudio(manifest, late=dict.fromkeys(range(16), 1.5)), stall_seconds=0.4

@@ -11,6 +11,7 @@ import sys
 import time
 
 import jax
+import pytest
 from counting_codec import CountingCodec
 from places import FIXTURES, SPEECH, environment
 from tiny_run import losses, make_model
@@ -38,6 +39,7 @@ def start(what, limit, *arguments):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the loss is")
 def test_stopped_killed_and_gone_on_with(tmp_path, monkeypatch):
     lines = (SPEECH / "manifest.jsonl").read_text().splitlines()[:16]
     for line in lines:

@@ -194,6 +194,7 @@ def test_a_mesh_that_splits_bytes_is_refused():
         abstract_params(config, mesh, jnp.bfloat16, quantization="nf4")
 
 
+@pytest.mark.filterwarnings("ignore:the loss is")
 def test_a_qlora_run_goes_on_speaks_and_is_not_merged(tmp_path):
     model = make_model(tmp_path / "model")
     clips = make_clips()

@@ -85,7 +85,8 @@ def test_an_output_that_nobody_takes_saves_and_stops(model, tmp_path, output):
                 if line.startswith("step 1/"):
                     break
             child.stdout.close()
-        complained = child.stderr.read()
+        with child.stderr as stderr:
+            complained = stderr.read()
         child.wait()
     assert "Traceback" not in complained
     assert "the standard output cannot be written" in complained

@@ -83,6 +83,7 @@ def test_sources_are_compared_one_by_one(model, tmp_path):
     assert run_folder.changes(before, fewer) == {"data.sources": "2 entries"}
 
 
+@pytest.mark.filterwarnings("ignore:the loss is")
 @pytest.mark.slow
 def test_other_weights_under_the_path_of_a_hugging_face_checkpoint(clips, tokenizer, tmp_path):
     """The run's own checkpoints do not need them, but it was not made from them."""

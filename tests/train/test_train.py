@@ -186,6 +186,7 @@ def test_epochs_become_steps(model, clips, tmp_path, capsys):
     assert max(losses(tmp_path / "run")) == int(np.ceil(3 * rows / 8))
 
 
+@pytest.mark.filterwarnings("ignore:the loss is")
 def test_nothing_is_learned_from_nan(model, clips, tmp_path, monkeypatch):
     with pytest.raises(
         UserError,
@@ -279,6 +280,8 @@ def test_it_learns_on_where_its_numbers_cannot_be_written(
 
     def on_a_full_disk(self, *arguments):
         make(self, *arguments)
+        self._file.close()
+        self._tensorboard._file.close()
         self._file = self._tensorboard._file = Full()
 
     monkeypatch.setattr(Metrics, "__init__", on_a_full_disk)
