@@ -10,8 +10,7 @@ def make_tiny_codec(folder: str | Path, seed: int = 0) -> Path:
     Its codes follow the sound (frames of different sound get different codes) but mean nothing:
     decoded, they are noise.
     """
-    import torch
-    from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
+    from transformers import Wav2Vec2BertConfig, Xcodec2Config
 
     semantic = Wav2Vec2BertConfig(
         hidden_size=32,
@@ -42,6 +41,15 @@ def make_tiny_codec(folder: str | Path, seed: int = 0) -> Path:
         quantization_dim=64,
         semantic_model_config=semantic,
     )
+    random_codec(config, seed).save_pretrained(folder)
+    return Path(folder)
+
+
+def random_codec(config, seed: int = 0):
+    """An `Xcodec2Model` of seeded random weights that keep the size of what passes through them."""
+    import torch
+    from transformers import Xcodec2Model
+
     generator = torch.Generator().manual_seed(seed)
     model = Xcodec2Model(config).eval()
     with torch.no_grad():
@@ -56,5 +64,4 @@ def make_tiny_codec(folder: str | Path, seed: int = 0) -> Path:
                 weight.normal_(0, 0.3, generator=generator)
             elif not name.endswith(".weight"):  # biases; what is left are the norms' ones
                 weight.zero_()
-    model.save_pretrained(folder)
-    return Path(folder)
+    return model

@@ -34,6 +34,15 @@ def weights(model, tmp_path_factory):
     return open_weights(str(folder), json.loads((folder / "config.json").read_text()))
 
 
+def test_parameters_go_back_to_the_tensors_they_came_from(weights):
+    tensors = {}
+    for part in ("encoder", "decoder"):
+        tensors |= weights.named(part, weights.part(part))
+    assert tensors.keys() == {*weights.names} - {"semantic_encoder.masked_spec_embed"}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, weights.read(name))
+
+
 def spans(*stops: int) -> Span:
     return Span(jnp.zeros(len(stops), jnp.int32), jnp.array(stops, jnp.int32))
 

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,20 @@ class Weights:
                 branch[leaf] = np.empty((depths[stacked[1]], *array.shape), dtype)
             branch[leaf][int(stacked[2])] = array
         return tree
+
+    def named(self, part: str, params: dict) -> dict[str, np.ndarray]:
+        """The parameters that `part` gives, trained perhaps, as transformers' tensors by name."""
+        tensors = {}
+        for name in self.names_of(part):
+            stacked = _STACK.fullmatch(name)
+            path = f"{stacked[1]}.{stacked[3]}" if stacked else name
+            array = np.asarray(reduce(getitem, path.split("."), params))
+            if stacked:
+                array = array[int(stacked[2])]
+            if array.ndim == 3:
+                array = array.transpose(2, 1, 0)
+            tensors[name] = np.ascontiguousarray(array.reshape(self.read(name).shape))
+        return tensors
 
 
 def _in_our_order(array: np.ndarray) -> np.ndarray:
