@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "llasa_jax"
 # From the top floor to the ground. Rooms on one floor do not import each other.
 FLOORS = (
     "cli demo",
+    "serve",
     "finetune",
     "inspect plan",
     "train",

@@ -168,9 +168,9 @@ def add_commands(commands) -> None:
         "--prompt-audio", type=as_path, help="a voice to clone; needs --prompt-text"
     )
     parser.add_argument("--prompt-text", help="what the prompt audio says")
-    _add_fields(parser, SamplingSettings, SAMPLING)
+    add_fields(parser, SamplingSettings, SAMPLING)
     parser.add_argument("--any-token", action="store_true", help="allow text tokens too")
-    _add_fields(parser, SpeechSettings, SPEECH)
+    add_fields(parser, SpeechSettings, SPEECH)
     _add_search(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument(
@@ -202,10 +202,10 @@ def _add_search(parser) -> None:
         default=[],
         help="judges speech while it grows, in a beam search",
     )
-    _add_fields(parser, SearchSettings, SEARCH)
+    add_fields(parser, SearchSettings, SEARCH)
 
 
-def _add_fields(parser, settings: type, words: dict[str, str]) -> None:
+def add_fields(parser, settings: type, words: dict[str, str]) -> None:
     """An option for each of these fields of a settings' dataclass, with its default and range."""
     of = {field.name: field for field in fields(settings)}
     for name, help in words.items():

@@ -54,7 +54,7 @@ class Request:
     """What a row goes on from: `prompt`, int32 ids. It draws at most `limit` tokens, and no end
     marker among the first `shortest`.
 
-    `number` picks its random numbers: the same number, seed and prompt give the same speech, in
+    `seed` and `number` pick its random numbers: the same two and prompt give the same speech, in
     whichever row. `adapter` is the row of `choice` (see `llasa_jax.model.lora.side_by_side`) that
     it uses, in a model with several adapters.
     """
@@ -64,6 +64,7 @@ class Request:
     shortest: int = 0
     number: int = 0
     adapter: int = 0
+    seed: int = 0
 
 
 def reading_seconds(text: str) -> float:
@@ -85,7 +86,7 @@ class Rows:
     `graphdef` is a `Llama`'s and `params` its weights as a dict; they may lie sharded on a mesh.
     `stop_ids` end a row: the end marker's alone by default. `loop_codes`: once so many codes have
     repeated those of up to a second before, the code that would go on with the loop cannot be
-    drawn; 0 leaves loops alone.
+    drawn; 0 leaves loops alone. The settings' seed is not used: each request has its own.
     """
 
     def __init__(
@@ -100,7 +101,6 @@ class Rows:
     ):
         settings = settings or SamplingSettings()
         self.count, self.vocab, self.config = rows, vocab, nnx.merge(graphdef, params).config
-        self._key = jax.random.key(settings.seed)
         # Of the head only the rows of tokens that can be drawn are read: with codes alone, a third.
         first, last = 0, self.config.vocab_size
         if settings.speech_only:
@@ -113,8 +113,7 @@ class Rows:
         allowed[ids == vocab.speech_end] = True
         choices = params.get("choice")
         self._choices = hosts.on_this_host(choices) if choices else None
-        # The seed only makes the key: as part of what is compiled for, each seed would compile
-        # again.
+        # Seeds are the requests': as part of what is compiled for, each would compile again.
         self._program = {
             "graphdef": graphdef,
             "settings": replace(settings, seed=0),
@@ -175,7 +174,7 @@ class Rows:
             prompt=prompt,
             chosen=chosen,
             numbers=drawn,
-            key=self._key,
+            key=jax.random.key(request.seed),
             choice=choice,
             at=np.int32(length),
             end=np.int32(end),
@@ -232,10 +231,6 @@ class Rows:
         self._report["ended"] = ended
         self._state["ended"] = jnp.asarray(ended)
 
-    def seed(self, seed: int) -> None:
-        """Rows that are started from now on draw by this seed."""
-        self._key = jax.random.key(seed)
-
     def copy(self, parents: Sequence[int]) -> None:
         """Row i goes on from what row `parents[i]` has said, with random numbers of its own."""
         at = np.asarray(parents)
@@ -278,9 +273,10 @@ def generate_codes(
     if not len(prompts):
         return []
     rows = Rows(graphdef, params, vocab, len(prompts), settings, stop_ids)
+    seed = settings.seed if settings else 0
     limits = np.broadcast_to(max_new_tokens, len(prompts))
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        rows.start([row], Request(prompt, int(limit), number=row, adapter=row))
+        rows.start([row], Request(prompt, int(limit), 0, row, row, seed))
     while not rows.ended.all():
         rows.advance(leave=len(prompts))
     return [rows.result(row) for row in range(len(prompts))]

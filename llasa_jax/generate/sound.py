@@ -1,14 +1,17 @@
 """From codes to sound: pieces joined without clicks, silence at the end, loudness."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from llasa_jax.codec import Codec
+from llasa_jax.codec.streaming import Stream
 from llasa_jax.errors import UserError
 
 CROSSFADE = 320  # samples over which one piece becomes the next: a code, 20 ms
 FRAME = 160  # samples of a frame of silence, 10 ms
+# Of a stream, in codes: first audio comes after two chunks, 0.48 s of speech.
+CHUNK, CONTEXT = 12, 100
 SILENCE = 10 ** (-50 / 20)  # a frame is silent below -50 dB of the loudest frame
 
 
@@ -29,6 +32,46 @@ def decode_pieces(codec: Codec, prompt_codes: np.ndarray, pieces: Sequence[np.nd
             wave[-fade:] = wave[-fade:] * (1 - rise) + whole[start - fade : start] * rise
         wave, before = np.concatenate([wave, new]), piece
     return wave
+
+
+class SoundStream:
+    """The wave of codes while they come, for any codec: by chunks of a quarter of a second, each as
+    soon as the codes of the next quarter are there, so that a listener who begins with the first
+    chunk waits for no later one where codes come as fast as they sound.
+
+    At its end is at most `tail_seconds` of silence, below -50 dB of the loudest frame until then.
+    """
+
+    def __init__(self, codec: Codec, prompt_codes: np.ndarray, tail_seconds: float):
+        self._stream = Stream(codec.decode, CHUNK, CONTEXT, CHUNK, prompt_codes)
+        self._tail = round(tail_seconds * codec.sample_rate)
+        self._loudest, self._quiet = 0.0, 0  # and how much silence was given last, in samples
+        self._held: list[np.ndarray] = []  # silence that is given if sound comes after it
+
+    def feed(self, codes: np.ndarray) -> Iterator[np.ndarray]:
+        """The waves, float32 (samples,), that come with these codes."""
+        for wave in self._stream.feed(codes):
+            yield from self._trimmed(wave)
+
+    def end(self) -> Iterator[np.ndarray]:
+        """What is left when no more codes come."""
+        for wave in self._stream.end():
+            yield from self._trimmed(wave)
+
+    def _trimmed(self, wave: np.ndarray) -> Iterator[np.ndarray]:
+        power = np.sqrt(np.mean(np.square(wave.reshape(-1, FRAME)), axis=1))
+        self._loudest = max(self._loudest, float(power.max()))
+        loud = np.flatnonzero(power > SILENCE * self._loudest)
+        if len(loud):
+            sound = (loud[-1] + 1) * FRAME
+            yield np.concatenate([*self._held, wave[:sound]])
+            self._held, self._quiet, wave = [], 0, wave[sound:]
+        allowed = max(0, self._tail - self._quiet)
+        if len(wave[:allowed]):
+            self._quiet += len(wave[:allowed])
+            yield wave[:allowed]
+        if len(wave) > allowed:
+            self._held.append(wave[allowed:])
 
 
 def trim_tail(wave: np.ndarray, seconds: float, rate: int) -> np.ndarray:

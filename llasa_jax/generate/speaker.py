@@ -23,13 +23,14 @@ from llasa_jax.convert.model_folder import (
     load_tokenizer,
     read_description,
 )
-from llasa_jax.errors import UserError, printable
-from llasa_jax.generate.continuous import Job, Piece, run_continuous, run_each
+from llasa_jax.errors import UserError
+from llasa_jax.generate.continuous import Batch, Job, Piece, run_continuous, run_each
 from llasa_jax.generate.decode import Request, Rows, plausible_limit, reading_seconds
+from llasa_jax.generate.line import NO_VOICE, Line, Recording, Speech
 from llasa_jax.generate.sampling import SamplingSettings
 from llasa_jax.generate.search import Search
 from llasa_jax.generate.settings import SpeechSettings
-from llasa_jax.generate.sound import decode_pieces, set_loudness, trim_tail
+from llasa_jax.generate.sound import CHUNK, SoundStream, decode_pieces, set_loudness, trim_tail
 from llasa_jax.generate.texts import cut, normalize
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.lora import Adapter, join, put_on_devices, side_by_side
@@ -43,79 +44,9 @@ from llasa_jax.speech.vocab import CODES_PER_SECOND
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_NAME = 2000  # characters of a speaker, a language or a description
-
 
 @dataclass(frozen=True)
-class Line:
-    """A text to speak, and how.
-
-    `speaker`, `description` and `language` are what the prompt mentions, as in the training data.
-    `prompt_audio`, a recording of the voice to clone (a path, or a wave, float32 16 kHz), goes with
-    `prompt_text`, what it says; neither is in the speech. `adapter` is the place of one of the
-    `Speaker`'s. `id`, if there is one, picks the random numbers, so that a line is spoken alike
-    among whichever others; otherwise its place among the lines does.
-
-    Raises UserError for a name that no training data can have, and for half a voice to clone.
-    """
-
-    text: str
-    speaker: str = ""
-    description: str = ""
-    language: str = ""
-    prompt_audio: str | Path | np.ndarray | None = None
-    prompt_text: str = ""
-    adapter: int = 0
-    id: str = ""
-
-    def __post_init__(self):
-        for name, value in self.named.items():
-            if len(value) > LONGEST_NAME:
-                raise UserError(
-                    f"the {name} has {len(value):,} characters, more than {LONGEST_NAME:,}; give"
-                    f" the {name} as it is in the training data"
-                )
-            if printable(value) != value or value != value.strip():
-                raise UserError(
-                    f"the {name} {printable(value)!r} has line breaks, control characters or blanks"
-                    f" at its ends; give the {name} as it is in the training data"
-                )
-        if self.prompt_audio is not None and not self.prompt_text.strip():
-            what = "a wave" if isinstance(self.prompt_audio, np.ndarray) else self.prompt_audio
-            raise UserError(
-                f"{what}: cloning needs to know what the prompt says; give its transcript as"
-                " prompt text"
-            )
-        if self.prompt_text and self.prompt_audio is None:
-            raise UserError(
-                "prompt text was given without prompt audio; give the recording that says it, or"
-                " leave the text out"
-            )
-
-    @property
-    def named(self) -> dict[str, str]:
-        """The fields that the prompt may mention."""
-        return {name: getattr(self, name) for name in ("speaker", "description", "language")}
-
-
-@dataclass(frozen=True)
-class Speech:
-    """What was said of a line.
-
-    `codes` uint16, 50 a second; `wave` float32 (samples,), 16 kHz, without what was trimmed;
-    `stopped`: the model ended every piece by itself, not the limit; `tokens`: how many were drawn;
-    `logprob`: their mean log probability.
-    """
-
-    codes: np.ndarray
-    wave: np.ndarray
-    stopped: bool
-    tokens: int
-    logprob: float
-
-
-@dataclass(frozen=True)
-class _Said:
+class Said:
     """What was said of a line, before it is sound."""
 
     prompt: np.ndarray
@@ -153,7 +84,7 @@ class Speaker:
         self._free = Lock()
         # The last rows that were used: they hold a part of the head.
         self._make_rows = lru_cache(maxsize=1)(partial(Rows, graphdef, params, self.vocab))
-        self._read_voice = lru_cache(maxsize=64)(self._encode_voice)
+        self._read_voice = lru_cache(maxsize=64)(self.record)
 
     @classmethod
     def load(
@@ -195,9 +126,11 @@ class Speaker:
         check_codec(as_path(model), voice)
         return cls(graphdef, params, prompters or prompter, voice, rows=rows, turn_end=turn_end)
 
-    def check(self, line: Line) -> None:
-        """UserError where the text of `line` cannot be spoken."""
-        self._prompters[line.adapter].opening(line.text, **line.named)
+    def check(self, line: Line) -> int:
+        """How many tokens the prompt of `line` has, without a voice to clone. UserError where its
+        text cannot be spoken.
+        """
+        return len(self._prompters[line.adapter].opening(line.text, **line.named))
 
     def speak(
         self,
@@ -242,18 +175,9 @@ class Speaker:
         settings: SpeechSettings,
         search: Search | None,
     ) -> Iterator[tuple[int, Speech]]:
-        stop_ids = [self.vocab.speech_end]
-        if not sampling.speech_only and self._turn_end is not None:
-            stop_ids.append(self._turn_end)
-        rows = self._make_rows(
-            self.rows if search is None else search.rows,
-            replace(sampling, seed=0),
-            tuple(stop_ids),
-            round(settings.loop_seconds * CODES_PER_SECOND),
-        )
-        rows.seed(sampling.seed)
+        rows = self.rows_for(sampling, settings, search.rows if search else self.rows)
         jobs = (
-            (place, self._job(place, Line(line) if isinstance(line, str) else line, settings))
+            (place, self.job(place, line, settings, sampling.seed))
             for place, line in enumerate(lines)
         )
         if search is None:
@@ -264,24 +188,65 @@ class Speaker:
         with ThreadPoolExecutor(1) as pool:
             sounds: deque = deque()
             for place, said in ends:
-                sounds.append((place, pool.submit(self._sound, said, settings)))
+                sounds.append((place, pool.submit(self.sound, said, settings)))
                 while sounds and (sounds[0][1].done() or len(sounds) > rows.count):
                     place, sound = sounds.popleft()
                     yield place, sound.result()
             for place, sound in sounds:
                 yield place, sound.result()
 
-    def _job(self, place: int, line: Line, settings: SpeechSettings) -> Job[_Said]:
+    def stream(
+        self,
+        line: str | Line,
+        sampling: SamplingSettings | None = None,
+        settings: SpeechSettings | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The wave of one line while it is spoken, float32 pieces, 16 kHz: the first of them after
+        half a second's worth of codes. See `SoundStream` for how it differs from the wave of
+        `speak`; its loudness is left alone. One call at a time, as `say`.
+        """
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("this Speaker is speaking; end or close its iterator first")
+        try:
+            sampling, settings = sampling or SamplingSettings(), settings or SpeechSettings()
+            prompt = self._voice(line).codes if isinstance(line, Line) else NO_VOICE.codes
+            sound = SoundStream(self.codec, prompt, settings.tail_seconds)
+            batch, parts = Batch(self.rows_for(sampling, settings, self.rows)), deque[np.ndarray]()
+            batch.add(0, self.job(0, line, settings, sampling.seed), parts.append)
+            while len(batch):
+                for _, result in batch.step(CHUNK):
+                    if isinstance(result, UserError):
+                        raise result
+                while parts:
+                    yield from sound.feed(parts.popleft())
+            yield from sound.end()
+        finally:
+            self._free.release()
+
+    def rows_for(self, sampling: SamplingSettings, settings: SpeechSettings, rows: int) -> Rows:
+        """So many rows that speak with these settings; the last that were made are kept."""
+        stop_ids = [self.vocab.speech_end]
+        if not sampling.speech_only and self._turn_end is not None:
+            stop_ids.append(self._turn_end)
+        return self._make_rows(
+            rows,
+            replace(sampling, seed=0),
+            tuple(stop_ids),
+            round(settings.loop_seconds * CODES_PER_SECOND),
+        )
+
+    def job(self, place: int, line: str | Line, settings: SpeechSettings, seed: int) -> Job[Said]:
         """Speaks a line, piece by piece, each after the one before it."""
+        line = Line(line) if isinstance(line, str) else line
         prompter = self._prompters[line.adapter]
         text = normalize(line.text, settings.normalize) if settings.normalize else line.text
         prompter.opening(text, **line.named)  # before audio is read, in case the text is refused
-        wave, prompt_codes = self._voice(line)
+        voice = self._voice(line)
         number = zlib.crc32(line.id.encode()) & 0x7FFFFFFF if line.id else place
         pieces: list[np.ndarray] = []
         results, before = [], ""
         for at, part in enumerate(cut(text, settings.piece_seconds, settings.normalize)):
-            context = np.concatenate([prompt_codes, *pieces[-1:]])
+            context = np.concatenate([voice.codes, *pieces[-1:]])
             prompt = prompter.opening(
                 part,
                 **line.named,
@@ -292,33 +257,39 @@ class Speaker:
             shortest = math.ceil(reading_seconds(part) * CODES_PER_SECOND / settings.fastest)
             if at:  # each piece has random numbers of its own
                 number = zlib.crc32(f"{number} {at}".encode()) & 0x7FFFFFFF
-            request = Request(prompt, limit, max(1, min(shortest, limit - 1)), number, line.adapter)
-            result = yield Piece(request, part, context, wave)
+            shortest = max(1, min(shortest, limit - 1))
+            request = Request(prompt, limit, shortest, number, line.adapter, seed)
+            result = yield Piece(request, part, context, voice.wave if len(voice.wave) else None)
             pieces.append(result.codes)
             results.append(result)
             before = part
         tokens = sum(len(result.tokens) for result in results)
-        return _Said(
-            prompt_codes,
+        return Said(
+            voice.codes,
             pieces,
             all(result.stopped for result in results),
             tokens,
             sum(result.logprob * len(result.tokens) for result in results) / max(1, tokens),
         )
 
-    def _voice(self, line: Line) -> tuple[np.ndarray | None, np.ndarray]:
-        """The wave and the codes of the voice to clone."""
+    def _voice(self, line: Line) -> Recording:
         if line.prompt_audio is None:
-            return None, np.empty(0, np.uint16)
+            return NO_VOICE
+        if isinstance(line.prompt_audio, Recording):
+            return line.prompt_audio
         if isinstance(line.prompt_audio, np.ndarray):
-            return line.prompt_audio, self.codec.encode([line.prompt_audio])[0]
+            return self.record(line.prompt_audio)
         return self._read_voice(str(line.prompt_audio))
 
-    def _encode_voice(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        wave = read_audio(path)
-        return wave, self.codec.encode([wave])[0]
+    def record(self, audio: str | Path | bytes | np.ndarray, name: str = "") -> Recording:
+        """The voice in an audio file, in a file's bytes, which errors call `name`, or in a wave,
+        float32 16 kHz, ready to be cloned by any number of lines.
+        """
+        wave = audio if isinstance(audio, np.ndarray) else read_audio(audio, name)
+        return Recording(wave, self.codec.encode([wave])[0])
 
-    def _sound(self, said: _Said, settings: SpeechSettings) -> Speech:
+    def sound(self, said: Said, settings: SpeechSettings) -> Speech:
+        """The wave of what was said."""
         codes = np.concatenate(said.pieces)
         wave = np.empty(0, np.float32)
         if len(codes):

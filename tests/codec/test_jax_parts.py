@@ -13,11 +13,11 @@ from transformers import SeamlessM4TFeatureExtractor
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 from transformers.models.xcodec2 import modeling_xcodec2
 
+from llasa_jax.codec.streaming import stream
 from llasa_jax.codec.xcodec2_jax import decoder, encoder
 from llasa_jax.codec.xcodec2_jax.features import log_mel
 from llasa_jax.codec.xcodec2_jax.layers import Span
 from llasa_jax.codec.xcodec2_jax.quantizer import quantize, values_of
-from llasa_jax.codec.xcodec2_jax.streaming import stream
 from llasa_jax.codec.xcodec2_jax.weights import open_weights
 from llasa_jax.speech.audio import read_audio
 

@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llasa_jax.codec.interface import HOP
+from llasa_jax.codec.streaming import stream
 from llasa_jax.codec.xcodec2 import check_codes, check_waves
 from llasa_jax.codec.xcodec2_jax.decoder import decode
 from llasa_jax.codec.xcodec2_jax.encoder import encode
-from llasa_jax.codec.xcodec2_jax.streaming import stream
 from llasa_jax.codec.xcodec2_jax.weights import Weights
 from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import SAMPLE_RATE
@@ -82,7 +82,7 @@ class JaxCodec:
         return self._batched(lambda *batch: self._decode(self._decoder, *batch), checked, 1, HOP)
 
     def stream(self, codes: Iterable[np.ndarray], **sizes: int) -> Iterator[np.ndarray]:
-        """Codes as they come to pieces of the wave; see `streaming.stream` for `sizes`."""
+        """Codes as they come to pieces of the wave; see `Stream` for `sizes`."""
         return stream(self.decode, codes, **sizes)
 
     def compile(self, part: str, rows: int, seconds: float) -> jax.stages.Compiled:

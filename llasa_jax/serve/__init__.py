@@ -1,0 +1,1 @@
+"""A voice behind an address: OpenAI's speech endpoint over one `Speaker` (the extra `serve`)."""

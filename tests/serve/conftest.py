@@ -1,0 +1,1 @@
+from served import model, new_speaker, served  # noqa: F401
