@@ -44,25 +44,20 @@ def main() -> None:
         job = Job(source, here, SlowCodec(0.0), workers=1, clips_a_file=2)
         encode_here(job)
         killed: list[float] = []
-        rng, ended, began = random.Random(0), threading.Event(), time.monotonic()
-
-        def kill() -> None:
-            while len(killed) < options.kills:
-                node = cluster.add_node(num_cpus=1)
-                if ended.wait(rng.uniform(2, 12)):
-                    return
-                os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-                killed.append(time.monotonic() - began)
-                # So that the cluster's own list does not hold it
-                cluster.remove_node(node, allow_graceful=False)
-            cluster.add_node(num_cpus=1)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
+        rng, began = random.Random(0), time.monotonic()
+        ray.init(address=cluster.address, log_to_driver=False)
         job = Job(source, there, SlowCodec(options.seconds), workers=1, clips_a_file=2)
-        encode_on_ray(job, cluster.address)
-        ended.set()
-        killer.join()
+        # Nodes can be started by the main thread alone.
+        encoding = threading.Thread(target=encode_on_ray, args=(job, cluster.address))
+        encoding.start()
+        while encoding.is_alive() and len(killed) < options.kills:
+            node = cluster.add_node(num_cpus=1)
+            encoding.join(rng.uniform(2, 10))
+            os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            killed.append(time.monotonic() - began)
+            cluster.remove_node(node, allow_graceful=False)  # from the cluster's own list
+        cluster.add_node(num_cpus=1)
+        encoding.join()
         files = {path.name: path.read_bytes() for path in here.iterdir()}
         equal = files == {path.name: path.read_bytes() for path in there.iterdir()}
         print(f"{len(killed)} kills, after {', '.join(f'{at:.1f}' for at in killed)} s")

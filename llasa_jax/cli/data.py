@@ -19,6 +19,8 @@ from llasa_jax.runtime.storage import as_path
 def encode(args) -> None:
     import functools
 
+    from llasa_jax.encode.append import append
+    from llasa_jax.encode.filters import Filters, parse_languages
     from llasa_jax.encode.offline import Job, encode_here, make_part, seal
     from llasa_jax.encode.sources import ManifestAudio
 
@@ -35,11 +37,20 @@ def encode(args) -> None:
         workers=args.workers,
         max_clip_seconds=args.max_clip_seconds,
         clips_a_file=args.clips_a_file,
+        filters=Filters(
+            args.min_clip_seconds,
+            args.max_silence,
+            args.max_clipped,
+            args.min_dnsmos,
+            parse_languages(args.languages),
+        ),
     )
     if args.shard:
         make_part(job, *args.shard)
     elif args.seal:
         seal(job)
+    elif args.append:
+        append(job)
     elif args.on == "ray":
         from llasa_jax.encode.on_ray import encode_on_ray
 
@@ -133,6 +144,7 @@ def add_commands(commands) -> None:
     )
     _add_reading(parser)
     _add_shards(parser)
+    _add_filters(parser)
 
     parser = add_command(
         commands, "import-memmap", import_memmap, "Bring upstream's memmap files into our format."
@@ -221,6 +233,20 @@ def _add_code_offset(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    share = number(float, low=0, high=1)
+    for name, kind, default, what in (
+        ("min-clip-seconds", number(float, low=0, high=3600), 0.0, "leave shorter clips out"),
+        ("max-silence", share, 1.0, "leave out clips of which a larger share is silent"),
+        ("max-clipped", share, 1.0, "leave out clips with a larger share of clipped samples"),
+        ("min-dnsmos", number(float, low=0, high=5), 0.0, "leave out clips of lower quality"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=what)
+    parser.add_argument(
+        "--languages", default="", help="such as en,de: leave out clips that name another or none"
+    )
+
+
 def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clips-a-file",
@@ -237,6 +263,11 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--seal", action="store_true", help="make the dataset of shards that are all made"
+    )
+    how.add_argument(
+        "--append",
+        action="store_true",
+        help="add the clips whose ids the dataset --out does not have; the others are not encoded",
     )
     how.add_argument(
         "--devices", choices=("all",), help="use all GPUs of this machine, a process for each"

@@ -140,7 +140,7 @@ class Encoder:
                 else:
                     waves[key], held[key] = wave, len(wave)
             if waves:
-                together = _alike(missing, waves)
+                together = self._alike(missing, waves)
                 made = self._encode(together, [waves.pop(key) for key in together])
                 for key, its_codes in zip(together, made, strict=True):
                     del missing[key], held[key]
@@ -269,6 +269,16 @@ class Encoder:
                 )
         return codes
 
+    def _alike(self, missing: dict[Key, PlannedClip], waves: dict[Key, np.ndarray]) -> list[Key]:
+        """Of the clips that are read the one that is needed first, and others of its length, or of
+        the length that the codec pads it to, as many as it takes at once.
+        """
+        # PyTorch's codec takes clips of one length alone, JAX's pads.
+        padded = getattr(self.codec, "padded_frames", int)
+        frames = padded(_frames(next(waves[key] for key in missing if key in waves)))
+        alike = [key for key in missing if key in waves and padded(_frames(waves[key])) == frames]
+        return alike[: max(1, MAX_BATCH_SAMPLES // (frames * HOP))]
+
     def _check_share(self) -> None:
         seen = max(self._used_clips, min(sum(map(len, self._used)), ENOUGH))
         if len(self.skipped) > self.settings.max_bad_share * seen:
@@ -284,12 +294,3 @@ class Encoder:
 
 def _frames(wave: np.ndarray) -> int:
     return len(wave) // HOP + 1
-
-
-def _alike(missing: dict[Key, PlannedClip], waves: dict[Key, np.ndarray]) -> list[Key]:
-    """Of the clips that are read the one that is needed first, and others of its length, as many as
-    the codec takes at once.
-    """
-    frames = _frames(next(waves[key] for key in missing if key in waves))
-    alike = [key for key in missing if key in waves and _frames(waves[key]) == frames]
-    return alike[: max(1, MAX_BATCH_SAMPLES // (frames * HOP))]

@@ -21,10 +21,12 @@ from llasa_jax.data.seal import SEAL, check_unfinished, identity, is_made
 from llasa_jax.data.shards import Made, Shard, seal_dataset
 from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.encode.bucket_journal import beside, open_journal, remove_journals
+from llasa_jax.encode.filters import FILTERED, Filters
 from llasa_jax.encode.settings import OnlineSettings
 from llasa_jax.encode.shards import Looked, ShardMaker, remove_shards
 from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError, listed
+from llasa_jax.runtime.settings import check
 from llasa_jax.runtime.storage import absolute, as_path, check_writable
 
 MAX_CLIP_SECONDS = OnlineSettings().max_clip_seconds
@@ -36,7 +38,8 @@ class Job:
 
     `source` opens the audio. `codec` is a loaded one, or a name or folder for `load_codec(codec,
     device)`. Audio is read by `workers` processes for each codec, no more than `batch_seconds` of
-    it ahead of the codec. `clips_a_file` 0 cuts the dataset as `builder.file_count` says. Raises
+    it ahead of the codec. `clips_a_file` 0 cuts the dataset as `builder.file_count` says. Clips
+    that `filters` leave out are listed as bad ones are, but do not count in `max_bad_share`. Raises
     `UserError` for a value out of its range.
     """
 
@@ -49,6 +52,7 @@ class Job:
     workers: int = 4
     max_clip_seconds: float = MAX_CLIP_SECONDS
     clips_a_file: int = 0
+    filters: Filters = Filters()
 
     def __post_init__(self):
         infinite = float("inf")
@@ -64,6 +68,7 @@ class Job:
         for words, right in faults.items():
             if not right:
                 raise UserError(f"{words}; correct the setting.")
+        check(self.filters)
         object.__setattr__(self, "out", absolute(self.out))
 
     @property
@@ -87,7 +92,9 @@ class Job:
             gpu_memory=0.0,
             max_clip_seconds=self.max_clip_seconds,
         )
-        return ShardMaker(self.source(), self.folder, codec, settings, self.clips_a_file)
+        return ShardMaker(
+            self.source(), self.folder, codec, settings, self.clips_a_file, self.filters
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +153,7 @@ def encode_here(job: Job) -> Summary:
         made: list[Made] = []
         clips = len(maker.source)
         with (
-            open_journal(job.folder, maker.source, maker.codec.fingerprint) as journal,
+            open_journal(job.folder, maker.source, maker.made_with) as journal,
             tqdm(desc="encode", total=clips, unit="clip") as bar,
         ):
             for shard, look in zip(maker.shards, looked, strict=True):
@@ -187,7 +194,7 @@ def make_shard(maker: ShardMaker, shard: Shard, done: Callable[[int], object]) -
     looked = maker.look(shard)
     if not (made := maker.find(shard, looked)):
         place = maker.folder / shard.name
-        with open_journal(place, maker.source, maker.codec.fingerprint) as journal:
+        with open_journal(place, maker.source, maker.made_with) as journal:
             return maker.make(shard, looked, journal, done)
     done(len(shard.members))
     return made
@@ -223,7 +230,8 @@ def _seal(job: Job, maker: ShardMaker, made: list[Made]) -> Summary:
     for line in bad:
         bad_list.add(line)
     bad_list.publish()
-    if len(bad) > job.max_bad_share * len(source) or not sum(each.examples for each in made):
+    faulty = sum(FILTERED not in line["reason"] for line in bad)
+    if faulty > job.max_bad_share * len(source) or not sum(each.examples for each in made):
         raise UserError(
             f"{source.name}: {len(bad)} of {len(source)} clips are bad (max_bad_share is"
             f" {job.max_bad_share}); the first: {bad[0]['reason']} Fix those listed in"

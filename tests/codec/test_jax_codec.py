@@ -105,6 +105,16 @@ def test_padded_lengths():
     assert [padded_frames(n) for n in (1, 64, 65, 128, 129, 300, 500, 513, 700, 800, 1025)] == [
         64, 64, 128, 128, 256, 384, 512, 768, 768, 1024, 1536,
     ]  # fmt: skip
+    assert [padded_frames(n, 8) for n in (1, 64, 65, 129, 300, 1025)] == [8, 64, 72, 144, 320, 1152]
+
+
+def test_padding_of_ljspeech_is_under_5_percent():
+    # As benchmarks/lengths.py spreads them
+    seconds = 1.1 + 9.0 * np.random.default_rng(0).beta(2.2, 1.4, 13_100)
+    frames = (seconds * 50).astype(int) + 1
+    padded = [padded_frames(int(n), 8) for n in frames]
+    assert 1 - frames.sum() / sum(padded) < 0.05
+    assert len(set(padded)) < 30
 
 
 @pytest.mark.parametrize("frames", [1, 64, 200])

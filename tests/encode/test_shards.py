@@ -18,10 +18,13 @@ from places import SPEECH
 
 from llasa_jax.data.builder import file_count, open_dataset, record_order, write_dataset
 from llasa_jax.data.shards import plan_shards, seal_dataset, write_shard
+from llasa_jax.encode.append import append
+from llasa_jax.encode.filters import Filters
 from llasa_jax.encode.offline import Job, encode_here, make_part, seal
 from llasa_jax.encode.processes import all_devices, encode_on
 from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError
+from llasa_jax.speech.audio import read_audio, write_audio
 
 METADATA = {"codec": "c", "fingerprint": "f", "hop": 320, "sample_rate": 16000}
 
@@ -155,6 +158,8 @@ def test_killed_at_random_moments(tmp_path, manifest, wanted):
     program = """
 import functools, sys
 from counting_codec import SlowCodec
+from llasa_jax.encode.append import append
+from llasa_jax.encode.filters import Filters
 from llasa_jax.encode.offline import Job
 from llasa_jax.encode.processes import encode_on
 from llasa_jax.encode.sources import ManifestAudio
@@ -174,3 +179,72 @@ encode_on(Job(functools.partial(ManifestAudio, sys.argv[1], 0.2, 1), sys.argv[2]
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     assert killed >= 1
     assert bytes_of(out) == wanted
+
+
+def test_append(tmp_path, manifest):
+    rows = manifest.read_text().splitlines()[:15]
+    (tmp_path / "some.jsonl").write_text("\n".join(rows[:9]))
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    encode_here(a_job(tmp_path / "some.jsonl", tmp_path / "out"))
+    encode_here(a_job(tmp_path / "all.jsonl", tmp_path / "all"))
+    codec = CountingCodec()
+    append(a_job(tmp_path / "all.jsonl", tmp_path / "out", codec))
+    assert len(codec.seen) == 6
+    files = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()}
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    seals = [json.loads(each.pop("seal.json")) for each in (files, found)]
+    assert found == files
+    assert seals[0]["records"] == seals[1]["records"]
+    assert seals[0]["summary"]["splits"] == seals[1]["summary"]["splits"]
+    assert append(a_job(tmp_path / "all.jsonl", tmp_path / "out", codec)) is None
+    assert len(codec.seen) == 6
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"some.jsonl", "all.jsonl", "out", "all"}
+    (tmp_path / "more.jsonl").write_text(rows[0].replace('"id": "', '"id": "new_'))
+    other = a_job(tmp_path / "more.jsonl", tmp_path / "out", CountingCodec(fingerprint="f2"))
+    with pytest.raises(UserError, match="another codec"):
+        append(other)
+
+
+def test_filters(tmp_path):
+    rng = np.random.default_rng(0)
+    speech = (0.3 * rng.standard_normal(32000)).clip(-0.9, 0.9).astype(np.float32)
+    waves = {
+        "good": speech,
+        "short": speech[:8000],
+        "silent": np.concatenate([speech[:6000], np.zeros(26000, np.float32)]),
+        "clipped": np.clip(speech * 20, -1, 1),
+        "foreign": speech,
+    }
+    rows = []
+    for name, wave in waves.items():
+        write_audio(tmp_path / f"{name}.wav", wave)
+        language = "de" if name == "foreign" else "en"
+        rows.append({"audio": f"{name}.wav", "text": "x", "language": language})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filters = Filters(min_seconds=1, max_silence=0.5, max_clipped=0.1, languages=("en", "fr"))
+    job = functools.partial(a_job, tmp_path / "m.jsonl", max_bad_share=0.0)
+    assert encode_here(job(tmp_path / "all")).bad == 0
+    summary = encode_here(job(tmp_path / "out", filters=filters))
+    assert (summary.encoded, summary.bad) == (1, 4)
+    lines = (tmp_path / "out.bad.jsonl").read_text().splitlines()
+    reasons = {row["id"]: row["reason"] for row in map(json.loads, lines)}
+    assert "0.50 s long (min_seconds is 1)" in reasons["short"]
+    assert "81% silent (max_silence is 0.5)" in reasons["silent"]
+    assert "clipped (max_clipped is 0.1)" in reasons["clipped"]
+    assert "of the language 'de' (languages is en,fr)" in reasons["foreign"]
+    with pytest.raises(UserError, match=r"max_silence is 2.0"):
+        job(tmp_path / "out", filters=Filters(max_silence=2.0))
+
+
+@pytest.mark.slow
+def test_dnsmos_tells_noise_from_speech():
+    pytest.importorskip("speechmos", reason="pip install 'llasa-jax[evaluate]'")
+    from llasa_jax.encode.filters import dnsmos
+
+    speech = read_audio(SPEECH / "ada_01.flac")
+    noise = np.random.default_rng(0).standard_normal(len(speech)).astype(np.float32) * 0.1
+    filters = Filters(min_dnsmos=(dnsmos(speech) + dnsmos(noise)) / 2)
+    filters.check_wave(speech, "speech")
+    with pytest.raises(UserError, match="noise: filtered, a DNSMOS of 1"):
+        filters.check_wave(noise, "noise")

@@ -56,7 +56,12 @@ class JaxCodec:
         self.name, self.fingerprint = name, weights.fingerprint
         self.precision = precision
         self._weights = weights
+        self.lengths_an_octave = 2  # more: less padding, more programs to compile
         self._mesh = Mesh(np.array(devices or jax.local_devices()), ("clips",))
+
+    def padded_frames(self, frames: int) -> int:
+        """The length that a clip of `frames` is padded to."""
+        return padded_frames(frames, self.lengths_an_octave)
 
     def encode(self, waves: list[np.ndarray]) -> list[np.ndarray]:
         """Waves, float32 (samples,) at 16 kHz, to codes, uint16 (samples // 320 + 1,), in order.
@@ -88,7 +93,7 @@ class JaxCodec:
     def compile(self, part: str, rows: int, seconds: float) -> jax.stages.Compiled:
         """The program of "encoder" or "decoder" for `rows` clips of `seconds` on each device."""
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else np.float32
-        frames = padded_frames(round(seconds * SAMPLE_RATE) // HOP)
+        frames = self.padded_frames(round(seconds * SAMPLE_RATE) // HOP)
         rows *= self._mesh.size
         run, clips = (
             (self._encode, ((rows, frames * HOP), np.float32))
@@ -162,7 +167,7 @@ class JaxCodec:
         """
         of_length = defaultdict(list)
         for index, clip in enumerate(clips):
-            of_length[padded_frames(len(clip) // steps_in)].append(index)
+            of_length[self.padded_frames(len(clip) // steps_in)].append(index)
         results: dict[int, np.ndarray] = {}
         sharding = NamedSharding(self._mesh, PartitionSpec("clips"))
         for length, indices in of_length.items():
@@ -190,10 +195,12 @@ class JaxCodec:
         return a_device * devices
 
 
-def padded_frames(frames: int) -> int:
-    """The length that a clip of `frames` is padded to: two an octave for long clips."""
+def padded_frames(frames: int, lengths_an_octave: int = 2) -> int:
+    """The length that a clip of `frames` is padded to: so many an octave for long clips."""
     octave = _SHORTEST
     while octave < frames:
         octave *= 2
-    between = octave * 3 // 4
-    return between if frames <= between and octave > 4 * _SHORTEST else octave
+    if octave <= 4 * _SHORTEST and lengths_an_octave == 2:
+        return octave
+    step = max(_SHORTEST // 8, octave // (2 * lengths_an_octave))
+    return -(-frames // step) * step
