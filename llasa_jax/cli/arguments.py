@@ -46,11 +46,11 @@ def add_command(
     return parser
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--config",
         action="append",
-        required=True,
+        required=required,
         metavar="FILE",
         help="the recipe; a machine's overlay may follow as a second one, and the later wins",
     )

@@ -1,6 +1,7 @@
 """The command plan."""
 
 from llasa_jax.cli.arguments import add_command, add_config, settings_of
+from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import number, text
 
 
@@ -12,6 +13,11 @@ def plan(args) -> None:
 
     if args.topology != "here":
         jax.config.update("jax_platforms", "cpu")
+    if args.encode:
+        _plan_encode(args)
+        return
+    if not args.config:
+        raise UserError("plan needs a recipe, --config FILE, or --encode for a plan of encoding")
     from llasa_jax.plan import plan
 
     settings = settings_of(args)
@@ -45,31 +51,29 @@ def plan(args) -> None:
             )
 
 
-def plan_codec(args) -> None:
+def _plan_encode(args) -> None:
     import dataclasses
     import json
 
-    import jax
     from transformers import PreTrainedConfig, Xcodec2Config
 
-    if args.topology != "here":
-        jax.config.update("jax_platforms", "cpu")
     from llasa_jax.codec.xcodec2 import read_config
     from llasa_jax.plan import codec
 
     config = Xcodec2Config()
     if args.codec:
         config = read_config(args.codec, PreTrainedConfig.get_config_dict(args.codec)[0])
+    hours = args.speech_hours or 1000.0
     plans = [
         codec.plan_codec(
-            config, args.topology, part, args.hours, args.clips, args.seconds, args.precision
+            config, args.topology, part, hours, args.clips, args.seconds, args.precision
         )
         for part in args.part
     ]
     if args.json:
         print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
     else:
-        print("\n".join(map(codec.describe, plans)))
+        print("\n".join(codec.describe(plan, args.price) for plan in plans))
 
 
 def add_commands(commands) -> None:
@@ -78,10 +82,11 @@ def add_commands(commands) -> None:
         "plan",
         plan,
         "Say whether a training step fits a machine that you may not have yet, and how long it"
-        " takes there. Settings of `train` may follow as --setting.name=value.",
+        " takes there, or with --encode what encoding takes. Settings of `train` may follow as"
+        " --setting.name=value.",
         takes_settings=True,
     )
-    add_config(parser)
+    add_config(parser, required=False)
     parser.add_argument(
         "--topology",
         default="here",
@@ -98,7 +103,7 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--speech-hours",
         type=number(float, above=0, high=1e8),
-        help="the dataset's size, where data.path is not there yet",
+        help="the dataset's size, where data.path is not there yet; with --encode 1,000",
     )
     parser.add_argument(
         "--search",
@@ -107,30 +112,27 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the plan for programs")
 
-    parser = add_command(
-        commands,
-        "plan-codec",
-        plan_codec,
-        "Say what the codec in JAX takes on a machine that you may not have yet: the memory of a"
-        " batch, and the hours of encoding a corpus.",
+    encoding = parser.add_argument_group(
+        "encoding", "With --encode: what the codec in JAX takes, and no --config is needed."
     )
-    parser.add_argument(
-        "--topology", default="here", help="such as v5e:4x4, or `here` for this machine"
+    encoding.add_argument(
+        "--encode",
+        action="store_true",
+        help="plan the encoding of a corpus: the memory of a batch, hours, device-hours and cost",
     )
-    parser.add_argument("--codec", help="a folder in transformers' format; default: the published")
-    parser.add_argument(
-        "--part", nargs="+", choices=("encoder", "decoder"), default=["encoder", "decoder"]
+    encoding.add_argument(
+        "--codec", help="a folder in transformers' format; default: the published"
     )
-    parser.add_argument(
-        "--hours", type=number(float, above=0, high=1e8), default=1000, help="of speech"
-    )
-    parser.add_argument(
+    encoding.add_argument("--part", nargs="+", choices=("encoder", "decoder"), default=["encoder"])
+    encoding.add_argument(
         "--clips", type=number(int, low=1, high=4096), default=16, help="at a time on a device"
     )
-    parser.add_argument(
+    encoding.add_argument(
         "--seconds", type=number(float, above=0, high=3600), default=10, help="of a clip"
     )
-    parser.add_argument(
+    encoding.add_argument(
         "--precision", choices=("float32", "bfloat16_3x", "bfloat16"), default="float32"
     )
-    parser.add_argument("--json", action="store_true", help="print the plan for programs")
+    encoding.add_argument(
+        "--price", type=number(float, low=0, high=1e6), default=0.0, help="of a device-hour"
+    )

@@ -115,8 +115,8 @@ def frame_flops(config, part: Part, frames: int) -> float:
     return 2.0 * (products + layers * 2 * frames * width)
 
 
-def describe(plan: CodecPlan) -> str:
-    """The plan in words."""
+def describe(plan: CodecPlan, price: float = 0.0) -> str:
+    """The plan in words; `price` is that of a device-hour, 0 where it does not matter."""
     of = f" of {plan.hbm_gib:g}" if plan.hbm_gib else ""
     least = "" if plan.fits else "at least "
     lines = [
@@ -131,6 +131,9 @@ def describe(plan: CodecPlan) -> str:
             f"  {plan.speech_hours:g} hours of speech: at least {plan.hours_roofline:.2g} hours,"
             f" {faster:,.0f} times as fast as it is spoken, at the peak rate; half that is usual"
         )
+        usual = 2 * plan.hours_roofline * plan.device_count
+        cost = f", which cost {usual * price:,.0f} at {price:g} each" if price else ""
+        lines.append(f"  about {usual:,.0f} device-hours at half the peak rate{cost}")
     return "\n".join(lines)
 
 

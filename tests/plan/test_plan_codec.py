@@ -11,7 +11,7 @@ from transformers import Xcodec2Config
 
 from llasa_jax import cli
 from llasa_jax.errors import UserError
-from llasa_jax.plan.codec import describe, frame_flops, plan_codec
+from llasa_jax.plan.codec import CodecPlan, describe, frame_flops, plan_codec
 
 
 def test_arithmetic_of_the_published_codec():
@@ -32,13 +32,21 @@ def test_arithmetic_of_a_decoder_is_what_pytorch_counts():
 
 def test_a_plan_of_this_machine_in_words_and_for_programs(tmp_path, capsys):
     small_config().save_pretrained(tmp_path)
-    command = ["plan-codec", "--codec", str(tmp_path), "--part", "decoder", "--clips", "2"]
+    command = ["plan", "--encode", "--codec", str(tmp_path), "--part", "decoder", "--clips", "2"]
     assert cli.main([*command, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["fits"] is True
     assert found["device_count"] == 8
     assert 0 < found["peak_hbm_gib"] < 0.2
     assert found["hours_roofline"] is None  # of a CPU no rate is known
+    assert cli.main(["plan"]) == 2
+    assert "--config FILE, or --encode" in capsys.readouterr().err
+
+
+def test_device_hours_and_their_price():
+    plan = CodecPlan("encoder", "v5e:4x4", 16, 16, 10.0, True, 2.1, 16.0, 7e10, 1000.0, 3.0)
+    assert describe(plan).endswith("about 96 device-hours at half the peak rate")
+    assert describe(plan, 1.2).endswith("at half the peak rate, which cost 115 at 1.2 each")
 
 
 def test_what_cannot_be_planned():
