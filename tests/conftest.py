@@ -33,6 +33,7 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parent / 'fixtures'}:{Path(__file__
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from buckets import environment, faults, served  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
@@ -42,29 +43,38 @@ from llasa_jax.speech.prompts import Prompter  # noqa: E402
 # On busy cores, OpenMP's waiting threads make a minute of a second.
 torch.set_num_threads(1)
 
-_read_tokenizer = AutoTokenizer.from_pretrained
-_tokenizers: dict[str, tuple[int, object]] = {}
+_tokenizers: dict[tuple, tuple[int, object]] = {}
 
 
-def _read_once(folder, **options):
-    """AutoTokenizer.from_pretrained, once for the same files: 66,000 tokens take two seconds."""
-    if not Path(folder).is_dir():
-        return _read_tokenizer(folder, **options)
-    files = [path for path in Path(folder).iterdir() if path.suffix in {".json", ".jinja"}]
-    digest = hashlib.blake2b(repr(options).encode())
-    for path in sorted(files):
-        digest.update(path.name.encode() + path.read_bytes())
-    key = digest.hexdigest()
-    size, tokenizer = _tokenizers.get(key, (-1, None))
-    if tokenizer is None or len(tokenizer) != size:  # or a test has added tokens to it
-        tokenizer = _read_tokenizer(folder, **options)
-        _tokenizers[key] = len(tokenizer), tokenizer
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.name_or_path = str(folder)
-    return tokenizer
+def _once(cls):
+    """`cls.from_pretrained`, once for the same files: 66,000 tokens take two seconds."""
+    read = cls.from_pretrained
+
+    def read_once(folder, **options):
+        if not Path(folder).is_dir():
+            return read(folder, **options)
+        files = [path for path in Path(folder).iterdir() if path.suffix in {".json", ".jinja"}]
+        digest = hashlib.blake2b(repr(options).encode())
+        for path in sorted(files):
+            digest.update(path.name.encode() + path.read_bytes())
+        key = cls, digest.hexdigest()
+        size, tokenizer = _tokenizers.get(key, (-1, None))
+        if tokenizer is None or len(tokenizer) != size:  # or a test has added tokens to it
+            tokenizer = read(folder, **options)
+            _tokenizers[key] = len(tokenizer), tokenizer
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.name_or_path = str(folder)
+        return tokenizer
+
+    cls.from_pretrained = read_once
 
 
-AutoTokenizer.from_pretrained = _read_once
+_once(AutoTokenizer)
+# Not the class itself, which others derive from and AutoTokenizer calls.
+transformers.PreTrainedTokenizerFast = type(
+    "TokenizersBackend", (transformers.PreTrainedTokenizerFast,), {}
+)
+_once(transformers.PreTrainedTokenizerFast)
 
 
 @pytest.fixture(scope="session")

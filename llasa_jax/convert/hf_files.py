@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+# The class of tokenizers that are all in tokenizer.json, Llama 3's among them: its names in
+# transformers 4 and 5.
+GENERIC = "PreTrainedTokenizerFast", "TokenizersBackend"
 KEPT = re.compile(
     r".*\.(json|jinja|model|txt|md)|LICEN[CS]E.*|NOTICE.*|USE_POLICY.*", re.IGNORECASE
 )
@@ -153,16 +156,20 @@ def write_json(path: Path, content: dict) -> None:
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer in an HF folder, None if there is none. UserError where it cannot be read."""
     from tokenizers import AddedToken
-    from transformers import AutoTokenizer
 
     if not (folder / TOKENIZER_CONFIG).is_file():
         return None
-    read_json(folder / TOKENIZER_CONFIG)
+    described = read_json(folder / TOKENIZER_CONFIG)
+    if described.get("tokenizer_class") in GENERIC and "auto_map" not in described:
+        # AutoTokenizer comes to the same class, but imports PyTorch, which takes two seconds.
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
     # transformers deep-copies its arguments, the 65,544 speech tokens among them, which is nearly
     # half of the time. A string in place of a recipe tells `copy` to take the object itself.
     copyreg.dispatch_table[AddedToken] = str
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return Tokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 the tokenizers library raises plain Exceptions
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({first_line(error)}); download it again"

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -37,6 +36,8 @@ def mean_of(values: np.ndarray) -> Mean:
     values = values[~np.isnan(values)]
     if len(values) < 2:
         return Mean(float(values[0]) if len(values) else np.nan, np.nan, np.nan, len(values))
+    from scipy import stats  # takes nearly a second, and training starts without it
+
     found = stats.bootstrap(
         (values,),
         np.mean,
@@ -56,6 +57,8 @@ def difference_of(before: np.ndarray, after: np.ndarray) -> Difference:
     mean, low, high, clips = mean_of(change)
     p = 1.0
     if clips >= 2 and change.any():
+        from scipy import stats
+
         p = float(
             stats.permutation_test(
                 (change,),

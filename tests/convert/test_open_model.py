@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import losses, make_clips, settings_for
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llasa_jax.convert import export_hf as export_module
 from llasa_jax.convert import params_io
@@ -85,6 +85,10 @@ def test_a_hugging_face_folder_is_the_same_model_as_its_import(hf, imported):
     assert theirs.origin == ours.origin
     assert theirs.fingerprint() == ours.fingerprint()
     assert len(load_tokenizer(hf)) == len(load_tokenizer(imported))
+    tokenizer, reference = load_tokenizer(hf), AutoTokenizer.from_pretrained(hf)
+    assert tokenizer.get_vocab() == reference.get_vocab()
+    assert tokenizer.init_kwargs == reference.init_kwargs
+    assert tokenizer.chat_template == reference.chat_template
     assert [finding.severity for finding in check_tokenizer(hf, load_tokenizer(hf))] == ["ok"]
     assert model_geometry(str(hf), settings_for(hf, "out")) == ours.config
     mesh = make_mesh(2, 2, 2)
