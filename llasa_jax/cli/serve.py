@@ -87,7 +87,11 @@ def serve(args) -> None:
     print(
         f"serving {name} at http://{host}:{port}/v1, voices {', '.join(voices.names)}", flush=True
     )
-    server.run(new_app(engine, voices, settings, metrics, key), where)
+    app = new_app(engine, voices, settings, metrics, key)
+    if args.page:
+        app = server.with_page(app, engine, voices, settings, key)
+        print(f"a page to listen at http://{host}:{port}/page", flush=True)
+    server.run(app, where)
     engine.close()
 
 
@@ -133,6 +137,9 @@ def add_commands(commands) -> None:
     )
     parser.add_argument(
         "--name", type=text("a name"), help="of the model in requests; its folder's by default"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="a page to listen and compare, at /page (the extra ui)"
     )
     add_codec(parser)
     add_device(parser)

@@ -142,7 +142,7 @@ def new_app(
 
     @app.post("/v1/audio/speech")
     async def speech(body: SpeechRequest, http: HttpRequest) -> Response:
-        line, tokens = await run_in_threadpool(_line, body, voices, engine, settings.max_text)
+        line, tokens = await run_in_threadpool(line_of, body, voices, engine, settings.max_text)
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
         format, streams = body.response_format, body.stream_format is not None
         streams = streams or format == "pcm"  # players ask for it, and have no header to be wrong
@@ -193,7 +193,7 @@ class _Gone(Exception):
     """The client has closed its connection."""
 
 
-def _line(body: SpeechRequest, voices: Voices, engine: Engine, max_text: int) -> tuple[Line, int]:
+def line_of(body: SpeechRequest, voices: Voices, engine: Engine, max_text: int) -> tuple[Line, int]:
     """The line that a request asks for, checked, and how many tokens its prompt has."""
     _check_text(body.input, max_text, "input")
     voice = body.voice if isinstance(body.voice, str) else body.voice.id

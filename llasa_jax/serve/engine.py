@@ -5,6 +5,7 @@ Codes become sound in two more threads, one for streams, which wait for nothing 
 and one for whole speeches.
 """
 
+import queue
 import threading
 import time
 import traceback
@@ -102,6 +103,15 @@ class Engine:
                 raise Busy
             self._waiting.append(request)
             self._changed.notify()
+
+    def say(self, line: Line, seed: int) -> Speech:
+        """Waits for the whole speech of a line. Raises as `submit`, and what goes wrong."""
+        given: queue.Queue = queue.Queue()
+        self.submit(Request(line, seed, False, given.put))
+        while not isinstance(item := given.get(), Speech):
+            if isinstance(item, Exception):
+                raise item
+        return item
 
     def drop(self, request: Request) -> None:
         """Nobody listens to `request` any more: its row is free at the next look."""

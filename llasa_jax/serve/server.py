@@ -1,16 +1,18 @@
 """The server's process: a socket, uvicorn, and an orderly end."""
 
-import queue
 import signal
 import socket
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
 from llasa_jax.errors import UserError, first_line
-from llasa_jax.generate.line import Line, Speech
-from llasa_jax.serve.engine import Engine, Request
+from llasa_jax.generate.line import NO_VOICE, Line
+from llasa_jax.generate.sound import CHUNK, CONTEXT, SoundStream
+from llasa_jax.serve.engine import Engine
 from llasa_jax.serve.settings import ServeSettings
+from llasa_jax.serve.voices import Voices
 
 WARM_UP = "This is what a sentence sounds like."
 GRACE = 5  # seconds that requests have to end by themselves
@@ -29,15 +31,33 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 
 def warm_up(engine: Engine) -> None:
-    """Speaks a sentence, whole and as a stream, so that the first request finds what it needs
+    """Speaks a sentence, and makes a stream's sound, so that the first request finds what it needs
     compiled. Raises what goes wrong.
     """
-    for streams in (False, True):
-        given: queue.Queue = queue.Queue()
-        engine.submit(Request(Line(WARM_UP), 0, streams, given.put))
-        while not isinstance(item := given.get(), Speech):
-            if isinstance(item, Exception):
-                raise item
+    engine.say(Line(WARM_UP), 0)
+    sound = SoundStream(engine.speaker.codec, NO_VOICE.codes, 0)
+    for _ in sound.feed(np.zeros(CONTEXT + 3 * CHUNK, np.uint16)):
+        pass
+
+
+def with_page(
+    app: FastAPI, engine: Engine, voices: Voices, settings: ServeSettings, api_key: str
+) -> FastAPI:
+    """The application with a page to listen at /page; with a key, it asks for the user `key` with
+    that as the password. UserError without the extra `ui`.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise UserError(
+            'the page needs gradio; install it with `pip install "llasa-jax[ui]"`, or leave --page'
+            " out"
+        ) from None
+    from llasa_jax.serve.page import new_page
+
+    auth = ("key", api_key) if api_key else None
+    page = new_page(engine, voices, settings)
+    return gradio.mount_gradio_app(app, page, path="/page", auth=auth)
 
 
 def run(app: FastAPI, where: socket.socket) -> None:

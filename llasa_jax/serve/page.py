@@ -1,0 +1,160 @@
+"""A page to listen (the extra `ui`): speak, clone a voice, and compare two voices blindly."""
+
+import random
+from dataclasses import dataclass, field, replace
+
+import gradio as gr
+import numpy as np
+
+from llasa_jax.errors import UserError
+from llasa_jax.generate.line import Line, Speech
+from llasa_jax.serve.app import SpeechRequest, line_of
+from llasa_jax.serve.engine import Busy, Engine, Late
+from llasa_jax.serve.settings import ServeSettings
+from llasa_jax.serve.voices import Unknown, Voices
+from llasa_jax.speech.audio import SAMPLE_RATE, as_codec_wave
+
+VERDICTS = ("the first", "the second", "no difference")
+
+
+@dataclass
+class Trial:
+    """Of one listener: the two sides, which of them is played first, and how often each was better
+    (the last count is of no difference).
+    """
+
+    sides: tuple[str, str] = ("", "")
+    is_swapped: bool = False
+    is_open: bool = False
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+    def judge(self, verdict: str) -> "Trial":
+        """The trial with one more verdict, closed."""
+        at = VERDICTS.index(verdict)
+        side = at if at == 2 else at ^ self.is_swapped
+        counts = [count + (place == side) for place, count in enumerate(self.counts)]
+        return replace(self, counts=counts, is_open=False)
+
+    def __str__(self) -> str:
+        a, b = self.sides
+        won_a, won_b, even = self.counts
+        return f"{a}: {won_a}, {b}: {won_b}, no difference: {even}"
+
+
+def new_page(engine: Engine, voices: Voices, settings: ServeSettings) -> gr.Blocks:
+    """The page over a running engine; mount it with `gradio.mount_gradio_app`."""
+
+    def line(model: str, voice: str, text: str) -> Line:
+        body = SpeechRequest(model=model, voice=voice, input=text)
+        return line_of(body, voices, engine, settings.max_text)[0]
+
+    def say(one: Line, seed: float) -> Speech:
+        try:
+            return engine.say(one, int(seed))
+        except Busy:
+            raise gr.Error(
+                "too many requests are waiting; try again", print_exception=False
+            ) from None
+        except Late:
+            raise gr.Error("that took too long; shorten the text", print_exception=False) from None
+
+    def speak(model, voice, text, seed, recording, transcript):
+        try:
+            one = line(model, voice, text)
+            if recording is not None:
+                rate, wave = recording
+                if np.issubdtype(wave.dtype, np.integer):
+                    wave = wave / np.iinfo(wave.dtype).max
+                wave = as_codec_wave(wave.astype(np.float32), rate, "the recording")
+                if len(wave) > settings.max_prompt_seconds * SAMPLE_RATE:
+                    raise UserError(
+                        f"the recording is longer than {settings.max_prompt_seconds:g} s"
+                    )
+                voice = engine.speaker.record(wave)
+                one = replace(one, speaker="", prompt_audio=voice, prompt_text=transcript)
+            said = say(one, seed)
+        except (UserError, Unknown) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return _audio(said), " ".join(map(str, said.codes))
+
+    def compare(trial, model_a, voice_a, model_b, voice_b, text, seed):
+        sides = f"{model_a} / {voice_a}", f"{model_b} / {voice_b}"
+        if sides != trial.sides:
+            trial = Trial(sides)
+        trial = replace(trial, is_swapped=random.random() < 0.5, is_open=True)
+        try:
+            both = [
+                say(line(model_a, voice_a, text), seed),
+                say(line(model_b, voice_b, text), seed),
+            ]
+        except (UserError, Unknown) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        first, second = both[:: -1 if trial.is_swapped else 1]
+        return trial, _audio(first), _audio(second), "Which is better?"
+
+    def judge(trial, verdict):
+        if not trial.is_open:
+            return trial, "Speak both first."
+        before = trial
+        trial = trial.judge(verdict)
+        first = before.sides[before.is_swapped]
+        return trial, f"The first was {first}. {trial}"
+
+    with gr.Blocks(title="llasa-jax", analytics_enabled=False) as page:
+        with gr.Tab("Speak"):
+            with gr.Row():
+                model = gr.Dropdown(voices.models, label="Model or adapter")
+                voice = gr.Dropdown(voices.names, label="Voice")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            text = gr.Textbox(label="Text", lines=3)
+            with gr.Accordion("Clone a voice", open=False):
+                recording = gr.Audio(label="Recording", type="numpy")
+                transcript = gr.Textbox(label="What the recording says")
+            button = gr.Button("Speak", variant="primary")
+            sound, codes = (
+                gr.Audio(label="Speech", buttons=["download"]),
+                gr.Textbox(label="Codes", lines=3),
+            )
+            button.click(
+                speak,
+                [model, voice, text, seed, recording, transcript],
+                [sound, codes],
+                api_visibility="private",
+            )
+        with gr.Tab("Compare"):
+            trial = gr.State(Trial())
+            with gr.Row():
+                sides = [
+                    gr.Dropdown(names, label=f"{what} {side}")
+                    for side in "AB"
+                    for what, names in (("Model", voices.models), ("Voice", voices.names))
+                ]
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            text = gr.Textbox(label="Text", lines=3)
+            button = gr.Button("Speak both", variant="primary")
+            with gr.Row():
+                players = [
+                    gr.Audio(label=label, buttons=["download"]) for label in ("First", "Second")
+                ]
+            result = gr.Markdown()
+            button.click(
+                compare,
+                [trial, *sides, text, seed],
+                [trial, *players, result],
+                api_visibility="private",
+            )
+            with gr.Row():
+                for verdict in VERDICTS:
+                    gr.Button(verdict.capitalize()).click(
+                        lambda trial, verdict=verdict: judge(trial, verdict),
+                        [trial],
+                        [trial, result],
+                        api_visibility="private",
+                    )
+    return page
+
+
+def _audio(said: Speech) -> tuple[int, np.ndarray]:
+    if not len(said.wave):
+        raise UserError("the model ended before any speech; try another seed")
+    return SAMPLE_RATE, np.round(np.clip(said.wave, -1, 1) * 32_767).astype(np.int16)
