@@ -89,7 +89,7 @@ def serve(args) -> None:
     )
     app = new_app(engine, voices, settings, metrics, key)
     if args.page:
-        app = server.with_page(app, engine, voices, settings, key)
+        app = server.with_page(app, engine, voices, settings, key, args.runs)
         print(f"a page to listen at http://{host}:{port}/page", flush=True)
     server.run(app, where)
     engine.close()
@@ -141,6 +141,7 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--page", action="store_true", help="a page to listen and compare, at /page (the extra ui)"
     )
+    parser.add_argument("--runs", type=Path, help="the page shows the runs below this folder")
     add_codec(parser)
     add_device(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

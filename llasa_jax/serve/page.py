@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -10,6 +11,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.generate.line import Line, Speech
 from llasa_jax.serve.app import SpeechRequest, line_of
 from llasa_jax.serve.engine import Busy, Engine, Late
+from llasa_jax.serve.runs import add_tab
 from llasa_jax.serve.settings import ServeSettings
 from llasa_jax.serve.voices import Unknown, Voices
 from llasa_jax.speech.audio import SAMPLE_RATE, as_codec_wave
@@ -41,8 +43,12 @@ class Trial:
         return f"{a}: {won_a}, {b}: {won_b}, no difference: {even}"
 
 
-def new_page(engine: Engine, voices: Voices, settings: ServeSettings) -> gr.Blocks:
-    """The page over a running engine; mount it with `gradio.mount_gradio_app`."""
+def new_page(
+    engine: Engine, voices: Voices, settings: ServeSettings, runs: Path | None = None
+) -> gr.Blocks:
+    """The page over a running engine, with the runs below a folder; mount it with
+    `gradio.mount_gradio_app`.
+    """
 
     def line(model: str, voice: str, text: str) -> Line:
         body = SpeechRequest(model=model, voice=voice, input=text)
@@ -151,6 +157,8 @@ def new_page(engine: Engine, voices: Voices, settings: ServeSettings) -> gr.Bloc
                         [trial, result],
                         api_visibility="private",
                     )
+        if runs is not None:
+            add_tab(runs)
     return page
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -41,9 +42,15 @@ def warm_up(engine: Engine) -> None:
 
 
 def with_page(
-    app: FastAPI, engine: Engine, voices: Voices, settings: ServeSettings, api_key: str
+    app: FastAPI,
+    engine: Engine,
+    voices: Voices,
+    settings: ServeSettings,
+    api_key: str,
+    runs: Path | None = None,
 ) -> FastAPI:
-    """The application with a page to listen at /page; with a key, it asks for the user `key` with
+    """The application with a page to listen at /page, which shows the runs below a
+    folder; with a key, it asks for the user `key` with
     that as the password. UserError without the extra `ui`.
     """
     try:
@@ -56,7 +63,7 @@ def with_page(
     from llasa_jax.serve.page import new_page
 
     auth = ("key", api_key) if api_key else None
-    page = new_page(engine, voices, settings)
+    page = new_page(engine, voices, settings, runs)
     return gradio.mount_gradio_app(app, page, path="/page", auth=auth)
 
 

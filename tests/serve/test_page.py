@@ -1,10 +1,14 @@
 """The page to listen, in headless Chromium where there is one."""
 
+import json
+import os
 import shutil
 import socket
 import threading
 import time
 
+import numpy as np
+import pandas as pd
 import pytest
 import uvicorn
 from served import LIMITS, SAMPLING, SPEECH
@@ -17,7 +21,14 @@ from llasa_jax.serve.app import new_app  # noqa: E402
 from llasa_jax.serve.engine import Engine  # noqa: E402
 from llasa_jax.serve.metrics import Metrics  # noqa: E402
 from llasa_jax.serve.page import VERDICTS, Trial  # noqa: E402
+from llasa_jax.serve.runs import (  # noqa: E402
+    curve_of,
+    evaluations_below,
+    numbers_of,
+    runs_below,
+)
 from llasa_jax.serve.voices import Voices  # noqa: E402
+from llasa_jax.speech.audio import write_audio  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 CHROMIUM = shutil.which("chromium")
@@ -34,7 +45,33 @@ def test_a_verdict_counts_for_the_side_that_was_played(is_swapped):
 
 
 @pytest.fixture
-def page(new_speaker):
+def runs(tmp_path):
+    """Two runs, one of which is being written, and an evaluation."""
+    for name, losses in (("old", [7.0, 6.0]), ("new", [5.0, 4.0, 3.0])):
+        run = tmp_path / name
+        lines = [json.dumps({"step": at, "loss": loss}) for at, loss in enumerate(losses, 1)]
+        (run / "samples").mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9, "lo']))
+        write_audio(run / "samples" / "000003_0.wav", np.full(1600, 0.5, np.float32))
+    os.utime(tmp_path / "old" / "metrics.jsonl", (0, 0))
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / "results.json").write_text("{}")
+    (tmp_path / "score" / "index.html").write_text("<h1>WER 3%</h1>")
+    return tmp_path
+
+
+def test_runs_and_evaluations_are_found_by_name(runs):
+    assert list(runs_below(runs)) == ["new", "old"]
+    table = numbers_of(runs / "new")
+    assert curve_of(table, "loss")["value"].tolist() == [5.0, 4.0, 3.0]
+    assert not len(curve_of(table, "none"))
+    assert list(evaluations_below(runs)) == ["score"]
+    many = pd.DataFrame({"step": range(9000), "loss": range(9000)})
+    assert 1000 < len(curve_of(many, "loss")) <= 2000
+
+
+@pytest.fixture
+def page(new_speaker, runs):
     """A browser's page, and the engine behind it."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if not CHROMIUM:
@@ -42,7 +79,7 @@ def page(new_speaker):
     metrics, voices = Metrics(), Voices("tiny", {}, ["ada"])
     engine = Engine(new_speaker(), SAMPLING, SPEECH, metrics)
     app = new_app(engine, voices, LIMITS, metrics)
-    app = server.with_page(app, engine, voices, LIMITS, "")
+    app = server.with_page(app, engine, voices, LIMITS, "", runs)
     where = socket.create_server(("127.0.0.1", 0))
     web = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [where]})
@@ -81,3 +118,14 @@ def test_texts_are_spoken_and_compared_in_a_browser(page):
     tab.get_by_text("Which is better?").wait_for()
     tab.get_by_role("button", name="No difference").click()
     tab.get_by_text("no difference: 1").wait_for()
+    tab.get_by_role("tab", name="Runs").click()
+    tab.get_by_text("Step 3, 1 samples.").wait_for()
+    tab.get_by_label("Sample", exact=True).click()
+    tab.get_by_role("option", name="000003_0.wav").click()
+    tab.get_by_text("0:00").last.wait_for()
+    tab.get_by_label("Evaluation").click()
+    tab.get_by_role("option", name="score").click()
+    tab.frame_locator("iframe").get_by_text("WER 3%").wait_for()
+    if shown := os.environ.get("SCREENSHOTS"):
+        tab.set_viewport_size({"width": 1000, "height": 1150})
+        tab.screenshot(path=f"{shown}/page_runs.png")
