@@ -14,6 +14,8 @@ def plan(args) -> None:
     if args.topology != "here":
         jax.config.update("jax_platforms", "cpu")
     if args.encode:
+        if args.config or args.settings:
+            raise UserError("plan --encode takes neither --config nor settings; leave them out")
         _plan_encode(args)
         return
     if not args.config:

@@ -41,6 +41,8 @@ def test_a_plan_of_this_machine_in_words_and_for_programs(tmp_path, capsys):
     assert found["hours_roofline"] is None  # of a CPU no rate is known
     assert cli.main(["plan"]) == 2
     assert "--config FILE, or --encode" in capsys.readouterr().err
+    assert cli.main([*command, "--train.rows=4"]) == 2
+    assert "takes neither --config nor settings" in capsys.readouterr().err
 
 
 def test_device_hours_and_their_price():
