@@ -154,7 +154,7 @@ def test_bad_parts():
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, manifest, wanted):
-    """All processes of an encoding are killed at a random moment, three times."""
+    """All processes of an encoding are killed at a random moment, twice."""
     program = """
 import functools, sys
 from counting_codec import SlowCodec
@@ -171,7 +171,7 @@ encode_on(Job(functools.partial(ManifestAudio, sys.argv[1], 0.2, 1), sys.argv[2]
     rng, killed = random.Random(0), 0
     while not out.exists():
         with subprocess.Popen(arguments, start_new_session=True) as process:
-            if killed < 3:
+            if killed < 2:
                 time.sleep(rng.uniform(2.5, 5))
             else:
                 process.wait()
