@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,16 +161,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     if not (folder / TOKENIZER_CONFIG).is_file():
         return None
     described = read_json(folder / TOKENIZER_CONFIG)
-    if described.get("tokenizer_class") in GENERIC and "auto_map" not in described:
-        # AutoTokenizer comes to the same class, but imports PyTorch, which takes two seconds.
-        from transformers import PreTrainedTokenizerFast as Tokenizer
-    else:
-        from transformers import AutoTokenizer as Tokenizer
+    generic = described.get("tokenizer_class") in GENERIC and "auto_map" not in described
+    # AutoTokenizer comes to the same class, but imports PyTorch, which takes two seconds.
+    name = "PreTrainedTokenizerFast" if generic else "AutoTokenizer"
+    tokenizer_class = getattr(import_module("transformers"), name)
     # transformers deep-copies its arguments, the 65,544 speech tokens among them, which is nearly
     # half of the time. A string in place of a recipe tells `copy` to take the object itself.
     copyreg.dispatch_table[AddedToken] = str
     try:
-        return Tokenizer.from_pretrained(folder)
+        return tokenizer_class.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 the tokenizers library raises plain Exceptions
         raise UserError(
             f"the tokenizer in {folder} cannot be read ({first_line(error)}); download it again"
