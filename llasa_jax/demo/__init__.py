@@ -1,11 +1,12 @@
 """The whole way once, on a laptop: `python -m llasa_jax.demo`, or `make demo`.
 
 Makes a tiny Llasa from a seed (the real classes, small), then runs the commands that a user runs on
-a real one, on 8 virtual CPU devices, and proves the result: greedy generation gives back the codes
-of the texts that it was trained on, here and in transformers.
+a real one, on 8 virtual CPU devices, with the small codec of this folder and eight recorded
+sentences, and proves the result: greedy generation gives back the codes of the texts that it was
+trained on, here and in transformers, and a recogniser understands the speech.
 
-Run it in a checkout of the repository: it takes its speech from `tests/speech` and its settings
-from `configs/demo.yaml`, which are not part of an installed package.
+Run it in a checkout of the repository: its settings are in `configs/demo.yaml`, which is not part
+of an installed package.
 """
 
 import argparse
@@ -18,9 +19,13 @@ import sys
 import time
 from pathlib import Path
 
-from llasa_jax.errors import UserError
+import numpy as np
 
-TRAINED_ON = 8  # clips, the shortest of the corpus
+from llasa_jax.errors import UserError
+from llasa_jax.speech.audio import SAMPLE_RATE
+
+HERE = Path(__file__).parent
+CODEC = HERE / "codec"
 MARK = ".demo"  # in a folder that a demo may replace
 MUST_RETURN = 0.99  # of their codes
 
@@ -44,25 +49,25 @@ def demo(speech: Path, out: Path, config: Path) -> None:
     out.mkdir(parents=True)
     (out / MARK).touch()
 
-    _title("A tiny Llasa and a tiny codec stand in for HKUSTAudio/Llasa-1B and XCodec2")
-    clips = _choose(speech, out / "manifest.jsonl")
-    _make_models(out, [clip["text"] for clip in clips])
-    trained = [clip for clip in clips if clip["split"] == "train"]
-    print(f"{out / 'hf'}, {out / 'codec'}")
+    _title("A tiny Llasa and a small codec stand in for HKUSTAudio/Llasa-1B and XCodec2")
+    manifest = speech / "manifest.jsonl"
+    clips = [json.loads(line) for line in manifest.read_text().splitlines()]
+    _make_llama(out / "hf", [clip["text"] for clip in clips])
+    print(f"{out / 'hf'}, {CODEC}")
 
     _title(
-        f"Import the weights, encode {len(clips)} recordings, and train on {len(trained)} of them"
-        " until they are known by heart"
+        f"Import the weights, encode {len(clips)} recordings, and train on them until they are"
+        " known by heart"
     )
     _run("import-hf", out / "hf", out / "model")
     _run(
         "encode",
         "--manifest",
-        out / "manifest.jsonl",
+        manifest,
         "--out",
         out / "records",
         "--codec",
-        out / "codec",
+        CODEC,
     )
     paths = {"out": "run", "model.path": "model", "data.path": "records"}
     _run(
@@ -71,24 +76,15 @@ def demo(speech: Path, out: Path, config: Path) -> None:
 
     _title("Export the trained weights to Hugging Face's format, and speak")
     _run("export-hf", out / "run", out / "release", "--verify")
-    spoken = trained[0]
-    voice = ("--speaker", spoken["speaker"], "--text", spoken["text"])
     greedy = ("--temperature", "0", "--dtype", "float32")
-    _run(
-        "generate",
-        "--model",
-        out / "run",
-        "--codec",
-        out / "codec",
-        *greedy,
-        *voice,
-        "--out",
-        out / "speech.wav",
-    )
+    models = ("--model", out / "run", "--codec", CODEC)
+    lines = [{key: clip[key] for key in ("id", "text", "speaker")} for clip in clips]
+    (out / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _run("generate", *models, *greedy, "--lines", out / "lines.jsonl", "--out", out / "spoken")
 
     _title("Proof: the codes of the training clips come back")
     ours, theirs = _returned(out)
-    print(f"llasa-jax:    {ours:.1%} of {len(trained)} clips' codes come back in greedy generation")
+    print(f"llasa-jax:    {ours:.1%} of {len(clips)} clips' codes come back in greedy generation")
     print(
         f"transformers: {theirs:.1%} of them from {out / 'release'}, loaded with"
         " AutoModelForCausalLM"
@@ -96,47 +92,53 @@ def demo(speech: Path, out: Path, config: Path) -> None:
     if min(ours, theirs) < MUST_RETURN:
         raise RuntimeError(f"fewer than {MUST_RETURN:.0%} of the codes came back")
 
+    _title("What a recogniser, PocketSphinx, hears in it")
+    _listen(out / "spoken", clips)
+
     _title(f"Done in {time.monotonic() - started:.0f} s")
     made = {
         "records": "the codes, a TFDS dataset",
         "run": "the training run: settings, metrics, checkpoints",
         "release": "the finetuned model in Hugging Face's format",
-        "speech.wav": f"the voice saying {spoken['text']!r} (noise: the tiny codec is untrained)",
+        "spoken": "the sentences, spoken by the finetuned model",
     }
     for name, what in made.items():
         print(f"  {out / name!s:24} {what}")
 
 
-def _choose(speech: Path, manifest: Path) -> list[dict]:
-    """Writes a manifest in which the shortest clips are for training, and the others in a split
-    that nothing uses.
-    """
-    clips = [json.loads(line) for line in (speech / "manifest.jsonl").read_text().splitlines()]
-    size = {clip["id"]: (speech / clip["audio"]).stat().st_size for clip in clips}
-    shortest = sorted(clips, key=lambda clip: (size[clip["id"]], clip["id"]))[:TRAINED_ON]
-    trained = {clip["id"] for clip in shortest}
-    for clip in clips:
-        clip |= {
-            "audio": str((speech / clip["audio"]).absolute()),
-            "split": "train" if clip["id"] in trained else "unused",
-        }
-    manifest.write_text("".join(json.dumps(clip) + "\n" for clip in clips))
-    return clips
-
-
-def _make_models(out: Path, texts: list[str]) -> None:
-    from llasa_jax.demo.tiny import make_tiny_codec
+def _make_llama(folder: Path, texts: list[str]) -> None:
     from llasa_jax.demo.tiny_llama import SAMPLE_TEXT, make_tiny_llama, make_tiny_tokenizer
 
-    make_tiny_codec(out / "codec")
-    make_tiny_llama(out / "hf", make_tiny_tokenizer([*SAMPLE_TEXT, *texts]))
+    make_tiny_llama(folder, make_tiny_tokenizer([*SAMPLE_TEXT, *texts]))
+
+
+def _listen(spoken: Path, clips: list[dict]) -> None:
+    """Prints what is heard in each clip's wav, and how many of all words are right."""
+    from llasa_jax.evaluate.recognisers import pocketsphinx
+    from llasa_jax.speech.audio import read_audio
+
+    try:
+        recogniser = pocketsphinx()
+    except UserError as error:
+        print(f"not asked: {error}")
+        return
+    silence = np.zeros(SAMPLE_RATE // 5, np.float32)  # it misses words at a wav's very ends
+    waves = [read_audio(spoken / f"{clip['id']}.wav") for clip in clips]
+    transcripts = recogniser.transcribe(
+        [np.concatenate([silence, wave, silence]) for wave in waves]
+    )
+    texts = [clip["text"] for clip in clips]
+    for text, words in zip(texts, transcripts, strict=True):
+        print(f"  {text:36} {words}")
+    lengths = [len(text.split()) for text in texts]
+    right = 1 - np.average(recogniser.rates(texts, transcripts)["wer"], weights=lengths)
+    print(f"{right:.0%} of {sum(lengths)} words are understood")
 
 
 def _returned(out: Path) -> tuple[float, float]:
     """The share of the training clips' codes that greedy generation gives back: by our model, and
     by the exported one in transformers.
     """
-    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,7 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--speech", type=Path, default=Path("tests/speech"))
+    parser.add_argument("--speech", type=Path, default=HERE / "speech")
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     args = parser.parse_args()

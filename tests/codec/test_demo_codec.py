@@ -3,17 +3,15 @@ be told apart and heard.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import llasa_jax.demo
 from llasa_jax.codec import load_codec
+from llasa_jax.demo import CODEC
 from llasa_jax.speech.audio import read_audio
 
-CODEC = Path(llasa_jax.demo.__file__).parent / "codec"
 SPEECH = CODEC.parent / "speech"
 
 
