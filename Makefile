@@ -47,8 +47,12 @@ types: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Not those that train for hours or need Ray.
+LONG = $(addprefix benchmarks/,speak.py train_codec.py ray_kills.py lengths.py)
+
 bench: setup
-	for program in benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
+	for program in $(filter-out $(LONG),$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$program || exit 1; done
 
 clean:
 	rm -rf $(VENV) .cache demo_out build *.egg-info
