@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo check fast test lint types docs bench clean
+.PHONY: setup demo check fast test soak lint types docs bench clean
 
 setup: $(READY)
 
@@ -31,11 +31,15 @@ check: setup
 
 # The tests that are not marked slow.
 fast: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not soak"
 
-# Every test.
+# Every test but the long series.
 test: setup
-	$(PYTEST)
+	$(PYTEST) -m "not soak"
+
+# Long series: processes killed again and again, many hosts, a whole notebook.
+soak: setup
+	$(PYTEST) -m soak
 
 lint: setup
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def test_the_settings_of_colab(monkeypatch, gpu):
     assert given["DEVICE"] == ("cuda" if gpu else "jax")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kaggle_runs(tmp_path, monkeypatch):
     clips = [
         json.loads(line) for line in (ROOT / "tests/speech/manifest.jsonl").read_text().splitlines()

@@ -77,7 +77,15 @@ def content(out):
     }
 
 
-@pytest.mark.parametrize("kind", ["codes", "memmap", "table", "model"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "codes",
+        pytest.param("memmap", marks=pytest.mark.soak),
+        pytest.param("table", marks=pytest.mark.soak),
+        "model",
+    ],
+)
 def test_killed_at_any_moment_the_same_command_ends_well(kind, tmp_path, request, capsys):
     source, beside = tmp_path / "in", request.getfixturevalue(kind)
     outs = [tmp_path / f"{calls}" / "d" for calls in (0, *range(2, 30, 7), 10_000)]

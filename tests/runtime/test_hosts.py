@@ -35,7 +35,7 @@ def records(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_host_that_is_killed_in_training_is_named(model, records, tmp_path, killed):
     own = [f"--model.path={model}", f"--data.path={records}", f"--out={tmp_path / 'run'}"]
     processes = start(tmp_path, own, own)

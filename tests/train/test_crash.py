@@ -28,6 +28,7 @@ def start(*arguments, before=()):
     )
 
 
+@pytest.mark.soak
 def test_killed_again_and_again_it_loses_nothing(model, tmp_path):
     never_killed, killed = tmp_path / "never_killed", tmp_path / "killed"
     reference = start(model, never_killed)

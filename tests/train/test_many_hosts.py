@@ -10,7 +10,7 @@ from llasa_jax.convert.model_folder import saved_steps
 from llasa_jax.data.builder import write_dataset
 from llasa_jax.demo.tiny import make_tiny_codec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 SETTINGS = (
     *("--train.rows=4", "--train.accumulation=2", "--train.steps=4", "--train.save_every=2"),
     *("--train.keep=9", "--train.validate_every=2", "--optimizer.learning_rate=0.01"),

@@ -68,6 +68,7 @@ def test_a_run_in_a_bucket(bucket, model, reference):
         train(settings(f"{bucket}/model", run), [make_clips()], [make_clips()[:3]])
 
 
+@pytest.mark.soak
 def test_a_run_in_a_bucket_that_is_killed_as_it_saves_goes_on(bucket, model, reference):
     run = f"{bucket}/run"
     with started(model, run) as process:
