@@ -144,6 +144,13 @@ def read_shard(folder: Path, shard: Shard) -> Made | None:
         return None
 
 
+def forget_shard(folder: Path, shard: Shard) -> None:
+    """Deletes the description of a shard that was made in `folder`, so that it is made again."""
+    path = folder / f"{shard.name}.json"
+    if path.is_file():
+        path.unlink()
+
+
 def seal_dataset(
     out: Path,
     folder: Path,

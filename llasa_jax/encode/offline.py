@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llasa_jax.codec import Codec, load_codec
 from llasa_jax.data.bad_list import BadList
 from llasa_jax.data.seal import SEAL, check_unfinished, identity, is_made
-from llasa_jax.data.shards import Made, Shard, seal_dataset
+from llasa_jax.data.shards import Made, Shard, forget_shard, seal_dataset
 from llasa_jax.encode.audio_source import AudioSource
 from llasa_jax.encode.bucket_journal import beside, open_journal, remove_journals
 from llasa_jax.encode.filters import FILTERED, Filters
@@ -232,6 +232,9 @@ def _seal(job: Job, maker: ShardMaker, made: list[Made]) -> Summary:
     bad_list.publish()
     faulty = sum(FILTERED not in line["reason"] for line in bad)
     if faulty > job.max_bad_share * len(source) or not sum(each.examples for each in made):
+        for shard, each in zip(maker.shards, made, strict=True):
+            if each.bad:  # those that are mended count when the command is given again
+                forget_shard(maker.folder, shard)
         raise UserError(
             f"{source.name}: {len(bad)} of {len(source)} clips are bad (max_bad_share is"
             f" {job.max_bad_share}); the first: {bad[0]['reason']} Fix those listed in"

@@ -94,7 +94,9 @@ class ShardMaker:
                     utterance = self.source.utterance(index)
                     self.source.check_text(index, utterance.text)
                 except Exception as error:  # noqa: BLE001 one clip never ends all
-                    self._skipped.add((0, index), self.source.ids[index], key[0], reason_of(error))
+                    reason = reason_of(error)
+                    self._skipped.add((0, index), self.source.ids[index], key[0], reason)
+                    yield (reason,)
                     continue
                 good.append(index)
                 yield tuple(getattr(utterance, name) for name in TEXTS)
