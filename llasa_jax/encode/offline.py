@@ -233,7 +233,7 @@ def _seal(job: Job, maker: ShardMaker, made: list[Made]) -> Summary:
     faulty = sum(FILTERED not in line["reason"] for line in bad)
     if faulty > job.max_bad_share * len(source) or not sum(each.examples for each in made):
         for shard, each in zip(maker.shards, made, strict=True):
-            if each.bad:  # those that are mended count when the command is given again
+            if each.bad:  # those that are fixed count when the command is given again
                 forget_shard(maker.folder, shard)
         raise UserError(
             f"{source.name}: {len(bad)} of {len(source)} clips are bad (max_bad_share is"
