@@ -124,6 +124,8 @@ SLOW = (
     "generate/test_generate.py",
     "generate/test_speaker.py",
     "generate/test_rows.py",
+    "generate/test_search.py",
+    "codec/test_jax_device.py",
     "evaluate/test_command.py",
     "evaluate/test_training.py",
     "convert/test_model_in_bucket.py",

@@ -218,6 +218,7 @@ def test_early_rows_hold_as_many_clips_as_late_ones():
     assert abs(clips[:, :95].mean() - clips[:, 95:].mean()) < 0.055
 
 
+@pytest.mark.slow
 def test_packed_rows_learn_as_padded_ones_do(clips, tokenizer, prompter):
     """Summed loss and gradients in float32: the same sums in another order."""
     hf = hf_llama(vocab=len(tokenizer), initializer_range=0.1)
