@@ -216,6 +216,9 @@ class Checkpoints:
     def __exit__(self, kind, error, traceback):
         try:
             with self._explained():
+                # `close` does not wait for the thread that removes half-written checkpoints, which
+                # would print a traceback if Python ended first.
+                self._manager._maybe_await_cleanup_tmp_directory()
                 self._manager.close()
                 if kind is None and jax.process_index() == 0:
                     self._remove_half_deleted()

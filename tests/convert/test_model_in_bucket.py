@@ -36,6 +36,7 @@ def files_of(folder):
     }
 
 
+@pytest.mark.soak
 def test_from_a_bucket_to_a_bucket_and_back(bucket, hf, tmp_path):
     import_hf(hf, tmp_path / "model")
     import_hf(hf, as_path(f"{bucket}/model"))

@@ -255,6 +255,7 @@ def test_a_flipped_bit_of_an_exported_adapter_is_found(run, hf, tmp_path):
         open_adapter(tmp_path / "adapter", hf)
 
 
+@pytest.mark.soak
 def test_damage_to_small_files_is_one_sentence(imported, tmp_path):
     """Cut in half, not JSON, of another kind: for all that reads a model."""
     files = ["model.json", "params/_METADATA", "params/checksums.json", "params/embed/.zarray"]

@@ -247,19 +247,33 @@ def test_in_from_peft(bases, tied, options, tmp_path):
     [
         (True, {"target_modules": ["model.layers.1.self_attn.q_proj", "mlp.up_proj"]}),
         (True, {"layers_to_transform": [1]}),
-        (True, {"layers_to_transform": 0, "layers_pattern": "layers"}),
-        (True, {"target_modules": r".*layers\.[01]\.(self_attn\.(k|o)|mlp\.gate)_proj"}),
+        pytest.param(
+            True, {"layers_to_transform": 0, "layers_pattern": "layers"}, marks=pytest.mark.soak
+        ),
+        pytest.param(
+            True,
+            {"target_modules": r".*layers\.[01]\.(self_attn\.(k|o)|mlp\.gate)_proj"},
+            marks=pytest.mark.soak,
+        ),
         (False, {"target_modules": "all-linear"}),
-        (True, {"init_lora_weights": "gaussian"}),
-        (True, {"init_lora_weights": "orthogonal"}),
+        pytest.param(True, {"init_lora_weights": "gaussian"}, marks=pytest.mark.soak),
+        pytest.param(True, {"init_lora_weights": "orthogonal"}, marks=pytest.mark.soak),
         (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-        (True, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
-        (True, {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+        pytest.param(
+            True,
+            {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            True,
+            {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+            marks=pytest.mark.soak,
+        ),
         (True, {"trainable_token_indices": [5, 65_900], "ensure_weight_tying": True}),
-        (False, {"modules_to_save": ["embed_tokens"]}),
+        pytest.param(False, {"modules_to_save": ["embed_tokens"]}, marks=pytest.mark.soak),
         (False, {"modules_to_save": ["lm_head"]}),
         (True, {"target_modules": ["q_proj", "embed_tokens"]}),
-        (True, {"target_modules": ["q_proj", "lm_head"]}),
+        pytest.param(True, {"target_modules": ["q_proj", "lm_head"]}, marks=pytest.mark.soak),
     ],
 )
 def test_what_is_accepted_gives_pefts_logits(bases, tied, options, tmp_path):

@@ -40,6 +40,7 @@ def start(what, limit, *arguments):
 
 
 @pytest.mark.filterwarnings("ignore:the loss is")
+@pytest.mark.soak
 def test_stopped_killed_and_gone_on_with(tmp_path, monkeypatch):
     lines = (SPEECH / "manifest.jsonl").read_text().splitlines()[:16]
     for line in lines:

@@ -52,6 +52,7 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.soak
 def test_a_node_is_killed(tmp_path, cluster, capsys):
     encode_here(a_job(tmp_path / "here", SlowCodec(0.0)))
     node = cluster.add_node(num_cpus=1)

@@ -153,6 +153,7 @@ def test_bad_parts():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_killed_at_random_moments(tmp_path, manifest, wanted):
     """All processes of an encoding are killed at a random moment, twice."""
     program = """

@@ -167,6 +167,7 @@ def test_weights_of_a_run(run, mesh):
     check(outcomes(files, read, BYTES, 60, 3), 0.7)
 
 
+@pytest.mark.soak
 def test_a_run_that_goes_on(model, run, tmp_path):
     """Whatever is damaged in the newest checkpoint, training goes on from a whole one and ends with
     the same weights, or says why it does not.
