@@ -42,7 +42,12 @@ def serve(args) -> None:
     from llasa_jax.serve.engine import Engine
     from llasa_jax.serve.metrics import Metrics
     from llasa_jax.serve.voices import Voices
+    from llasa_jax.serve.work import Work
 
+    if (args.runs or args.work) and not args.page:
+        raise UserError("--runs and --work are of the page; add --page, or leave them out")
+    work = Work(args.work, str(args.model), args.codec, args.device) if args.work else None
+    runs = args.runs or (work and work.runs)
     settings = ServeSettings(**{name: getattr(args, name) for name in LIMITS})
     sampling = SamplingSettings(
         **{name: getattr(args, name) for name in SAMPLING if name != "seed"}
@@ -89,7 +94,7 @@ def serve(args) -> None:
     )
     app = new_app(engine, voices, settings, metrics, key)
     if args.page:
-        app = server.with_page(app, engine, voices, settings, key, args.runs)
+        app = server.with_page(app, engine, voices, settings, key, runs, work)
         print(f"a page to listen at http://{host}:{port}/page", flush=True)
     server.run(app, where)
     engine.close()
@@ -142,6 +147,12 @@ def add_commands(commands) -> None:
         "--page", action="store_true", help="a page to listen and compare, at /page (the extra ui)"
     )
     parser.add_argument("--runs", type=Path, help="the page shows the runs below this folder")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="the page makes datasets from folders below this one, and trains; whoever may open the"
+        " page may start that",
+    )
     add_codec(parser)
     add_device(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

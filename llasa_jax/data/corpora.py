@@ -15,6 +15,7 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from llasa_jax.data.manifest import Clip, numbered_lines, read_manifest, variants
 from llasa_jax.errors import UserError, first_line, printable
@@ -42,19 +43,8 @@ def main(read: Reader, description: str | None, arguments: list[str] | None = No
     try:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give the folder of the unpacked corpus.")
-        written, left_out = 0, []
         with out:
-            for line in read(Path(os.path.abspath(folder))):
-                if reason := _unusable(line):
-                    left_out.append(reason)
-                    continue
-                line = {key: value for key, value in line.items() if value}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-                written += 1
-        if not written:
-            raise UserError(
-                left_out[0] if left_out else f"{folder}: no clips in it; is it another corpus?"
-            )
+            written, left_out = write(read, folder, out)
     except (UserError, OSError) as error:
         sentence = str(error) if isinstance(error, UserError) else explain(error, folder)
         print(f"{parser.prog}: error: {printable(str(sentence))}", file=sys.stderr)
@@ -66,15 +56,46 @@ def main(read: Reader, description: str | None, arguments: list[str] | None = No
     return 0
 
 
+def write(read: Reader, folder: Path, out: TextIO) -> tuple[int, list[str]]:
+    """Writes the corpus in `folder` as JSON lines, without clips that have no text or no audio. How
+    many lines there are, and why each of the others is left out. UserError where none is left.
+    """
+    written, left_out = 0, []
+    for line in read(Path(os.path.abspath(folder))):
+        if reason := _unusable(line):
+            left_out.append(reason)
+            continue
+        line = {key: value for key, value in line.items() if value}
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        written += 1
+    if not written:
+        raise UserError(
+            left_out[0] if left_out else f"{folder}: no clips in it; is it another corpus?"
+        )
+    return written, left_out
+
+
 def _unusable(line: Line) -> str:
     if not line["text"].strip():
-        return f"{line['audio']}: its text is empty."
+        return f"{line['audio']}: it has no text."
     if any("\ud800" <= character <= "\udfff" for character in "".join(line.values())):
         return f"{line['audio']}: the name is not UTF-8; rename it."
     member = tar_member(line["audio"])
     if not os.path.isfile(member[0] if member else line["audio"]):
         return f"{line['audio']}: no such audio file."
     return ""
+
+
+def beside(folder: Path) -> Iterator[Line]:
+    """Any folder of recordings, at any depth, with what NAME.wav says in NAME.txt beside it."""
+    for audio in sorted(folder.rglob("*")):
+        if audio.suffix.lower() in AUDIO_SUFFIXES:
+            text = audio.with_suffix(".txt")
+            yield {
+                "id": audio.relative_to(folder).with_suffix("").as_posix(),
+                "audio": str(audio),
+                "text": read_text(text, "the transcript").strip() if text.is_file() else "",
+            }
 
 
 def ljspeech(folder: Path) -> Iterator[Line]:

@@ -9,11 +9,13 @@ import numpy as np
 
 from llasa_jax.errors import UserError
 from llasa_jax.generate.line import Line, Speech
+from llasa_jax.serve import runs as runs_tab
+from llasa_jax.serve import work_tab
 from llasa_jax.serve.app import SpeechRequest, line_of
 from llasa_jax.serve.engine import Busy, Engine, Late
-from llasa_jax.serve.runs import add_tab
 from llasa_jax.serve.settings import ServeSettings
 from llasa_jax.serve.voices import Unknown, Voices
+from llasa_jax.serve.work import Work
 from llasa_jax.speech.audio import SAMPLE_RATE, as_codec_wave
 
 VERDICTS = ("the first", "the second", "no difference")
@@ -44,10 +46,14 @@ class Trial:
 
 
 def new_page(
-    engine: Engine, voices: Voices, settings: ServeSettings, runs: Path | None = None
+    engine: Engine,
+    voices: Voices,
+    settings: ServeSettings,
+    runs: Path | None = None,
+    work: Work | None = None,
 ) -> gr.Blocks:
-    """The page over a running engine, with the runs below a folder; mount it with
-    `gradio.mount_gradio_app`.
+    """The page over a running engine, with the runs below a folder, and a tab that makes datasets
+    and trains; mount it with `gradio.mount_gradio_app`.
     """
 
     def line(model: str, voice: str, text: str) -> Line:
@@ -158,7 +164,9 @@ def new_page(
                         api_visibility="private",
                     )
         if runs is not None:
-            add_tab(runs)
+            runs_tab.add_tab(runs)
+        if work is not None:
+            work_tab.add_tab(page, work)
     return page
 
 

@@ -14,6 +14,7 @@ from llasa_jax.generate.sound import CHUNK, CONTEXT, SoundStream
 from llasa_jax.serve.engine import Engine
 from llasa_jax.serve.settings import ServeSettings
 from llasa_jax.serve.voices import Voices
+from llasa_jax.serve.work import Work
 
 WARM_UP = "This is what a sentence sounds like."
 GRACE = 5  # seconds that requests have to end by themselves
@@ -48,10 +49,11 @@ def with_page(
     settings: ServeSettings,
     api_key: str,
     runs: Path | None = None,
+    work: Work | None = None,
 ) -> FastAPI:
-    """The application with a page to listen at /page, which shows the runs below a
-    folder; with a key, it asks for the user `key` with
-    that as the password. UserError without the extra `ui`.
+    """The application with a page at /page: to listen, to see the runs below a folder, and, with
+    `work`, to train. With a key, it asks for the user `key` with that as the password. UserError
+    without the extra `ui`.
     """
     try:
         import gradio
@@ -63,7 +65,7 @@ def with_page(
     from llasa_jax.serve.page import new_page
 
     auth = ("key", api_key) if api_key else None
-    page = new_page(engine, voices, settings, runs)
+    page = new_page(engine, voices, settings, runs, work)
     return gradio.mount_gradio_app(app, page, path="/page", auth=auth)
 
 
