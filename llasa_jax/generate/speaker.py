@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,8 +22,9 @@ from llasa_jax.convert.model_folder import (
     load_params,
     load_tokenizer,
     read_description,
+    saved_steps,
 )
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, listed
 from llasa_jax.generate.continuous import Batch, Job, Piece, run_continuous, run_each
 from llasa_jax.generate.decode import Request, Rows, plausible_limit, reading_seconds
 from llasa_jax.generate.line import NO_VOICE, Line, Recording, Speech
@@ -78,13 +79,37 @@ class Speaker:
         rows: int = 8,
         turn_end: int | None = None,
     ):
-        self._graphdef, self._params, self.codec, self.rows = graphdef, params, codec, rows
+        self._graphdef, self.codec, self.rows = graphdef, codec, rows
         self._prompters = [prompters] if isinstance(prompters, Prompter) else list(prompters)
         self.vocab, self._turn_end = self._prompters[0].vocab, turn_end
         self._free = Lock()
-        # The last rows that were used: they hold a part of the head.
-        self._make_rows = lru_cache(maxsize=1)(partial(Rows, graphdef, params, self.vocab))
+        self.use(params)
         self._read_voice = lru_cache(maxsize=64)(self.record)
+        # Of a run that `load` has read: its folder, and its weights at a step.
+        self.folder: Path | None = None
+        self._read: Callable[[int], dict]
+
+    def use(self, params: dict) -> None:
+        """Speaks with these weights from now on, of the same shapes, types and devices as those
+        before: nothing is compiled again. Not while a line is spoken.
+        """
+        self._params = params
+        # The last rows that were used: they hold a part of the head.
+        self._make_rows = lru_cache(maxsize=1)(partial(Rows, self._graphdef, params, self.vocab))
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the loaded run that have a checkpoint now; none for a model that is no run."""
+        return saved_steps(self.folder) if self.folder else []
+
+    def weights(self, step: int) -> dict:
+        """The weights of the loaded run at another step, for `use`, beside those in use. UserError
+        where there are none.
+        """
+        if step not in (steps := self.steps):
+            there = f"there are {listed([str(one) for one in steps])}" if steps else "there is none"
+            raise UserError(f"there is no checkpoint of step {step}; {there}")
+        return self._read(step)
 
     @classmethod
     def load(
@@ -111,9 +136,8 @@ class Speaker:
         trained with.
         """
         distinct = list({id(adapter): adapter for adapter in adapters}.values())
-        graphdef, params, prompter, tokenizer = load(
-            as_path(model), dtype, step, tensor, adapters if len(distinct) > 1 else distinct, base
-        )
+        folder, side = as_path(model), adapters if len(distinct) > 1 else distinct
+        graphdef, params, prompter, tokenizer = load(folder, dtype, step, tensor, side, base)
         prompters = [
             Prompter(tokenizer, PromptSettings(**adapter.prompt))
             if adapter and adapter.prompt
@@ -123,8 +147,11 @@ class Speaker:
         turn_end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         assert isinstance(turn_end, int)  # of one token: a list is of several
         voice = load_codec(codec, device)
-        check_codec(as_path(model), voice)
-        return cls(graphdef, params, prompters or prompter, voice, rows=rows, turn_end=turn_end)
+        check_codec(folder, voice)
+        speaker = cls(graphdef, params, prompters or prompter, voice, rows=rows, turn_end=turn_end)
+        speaker.folder = folder
+        speaker._read = lambda step: load(folder, dtype, step, tensor, side, base)[1]
+        return speaker
 
     def check(self, line: Line) -> int:
         """How many tokens the prompt of `line` has, without a voice to clone. UserError where its

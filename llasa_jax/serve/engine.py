@@ -66,6 +66,13 @@ class Request:
         self._give(item)
 
 
+class Swap:
+    """Weights that the engine is to go on with, and whether it does."""
+
+    def __init__(self, params: dict):
+        self.params, self.done = params, threading.Event()
+
+
 class Engine:
     """Speaks requests with `speaker`, all with the same settings, each with its own seed: what
     `speaker.speak` says of its line with that seed, whatever is spoken beside it.
@@ -86,6 +93,8 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._speaking: set[Request] = set()
+        self._next: Swap | None = None
+        self._loading = threading.Lock()
         self._closed = False
         self.failure: BaseException | None = None
         self._streams, self._wholes = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -113,6 +122,20 @@ class Engine:
                 raise item
         return item
 
+    def load(self, step: int) -> None:
+        """Speaks with the weights of another checkpoint of the run from then on, and waits for
+        that. Requests that are spoken end first, with the weights that they began with; others wait
+        meanwhile. Where it fails, the weights stay. UserError where there is no such checkpoint.
+        """
+        with self._loading:
+            swap = Swap(self.speaker.weights(step))
+            with self._changed:
+                self._next = swap
+                self._changed.notify()
+            while not swap.done.wait(1.0):
+                if self.failure or self._closed:
+                    raise RuntimeError("the engine has ended")
+
     def drop(self, request: Request) -> None:
         """Nobody listens to `request` any more: its row is free at the next look."""
         with self._changed:
@@ -133,6 +156,12 @@ class Engine:
             rows = self.speaker.rows_for(self._sampling, self._settings, self.speaker.rows)
             batch = Batch(rows)
             while self._wait():
+                if self._next and not self._speaking:
+                    self.speaker.use(self._next.params)
+                    rows = self.speaker.rows_for(self._sampling, self._settings, self.speaker.rows)
+                    batch = Batch(rows)
+                    self._next.done.set()
+                    self._next = None
                 try:
                     self._step(batch)
                 except UserError as error:  # scores that are not finite: of which row is not known
@@ -147,7 +176,7 @@ class Engine:
     def _wait(self) -> bool:
         """Waits until there is something to do. False once the engine is to end."""
         with self._changed:
-            while not (self._closed or self._waiting or self._speaking):
+            while not (self._closed or self._next or self._waiting or self._speaking):
                 self._changed.wait()
             return not self._closed
 
@@ -160,6 +189,7 @@ class Engine:
             gone = {r for r in (*self._waiting, *self._speaking, *late) if r.is_dropped} | {*late}
             self._waiting = deque(r for r in self._waiting if r not in gone)
             free = batch.rows.count - len(batch) + len(self._speaking & gone)
+            free = 0 if self._next else free
             new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         for request in gone & self._speaking:
             batch.drop(request)

@@ -7,7 +7,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
-from llasa_jax.errors import UserError
+from llasa_jax.errors import UserError, first_line
 from llasa_jax.generate.line import Line, Speech
 from llasa_jax.serve import runs as runs_tab
 from llasa_jax.serve import work_tab
@@ -70,6 +70,15 @@ def new_page(
         except Late:
             raise gr.Error("that took too long; shorten the text", print_exception=False) from None
 
+    def load(step):
+        try:
+            engine.load(int(step))
+        except (ValueError, TypeError):
+            raise gr.Error("choose a step of the list", print_exception=False) from None
+        except (UserError, OSError, RuntimeError) as error:
+            raise gr.Error(first_line(error), print_exception=False) from None
+        return f"All that is spoken from now on is of step {step}."
+
     def speak(model, voice, text, seed, recording, transcript):
         try:
             one = line(model, voice, text)
@@ -118,6 +127,19 @@ def new_page(
                 model = gr.Dropdown(voices.models, label="Model or adapter")
                 voice = gr.Dropdown(voices.names, label="Voice")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            if engine.speaker.steps:
+                with gr.Row():
+                    step = gr.Dropdown(_steps(engine), value=None, label="Checkpoint")
+                    button, loaded = gr.Button("Load it for everybody"), gr.Markdown()
+                button.click(load, step, loaded, api_visibility="private")
+                # Others may be there by now.
+                step.focus(
+                    lambda: gr.Dropdown(_steps(engine)),
+                    None,
+                    step,
+                    api_visibility="private",
+                    show_progress="hidden",
+                )
             text = gr.Textbox(label="Text", lines=3)
             with gr.Accordion("Clone a voice", open=False):
                 recording = gr.Audio(label="Recording", type="numpy")
@@ -168,6 +190,10 @@ def new_page(
         if work is not None:
             work_tab.add_tab(page, work)
     return page
+
+
+def _steps(engine: Engine) -> list[str]:
+    return [str(step) for step in engine.speaker.steps]
 
 
 def _audio(said: Speech) -> tuple[int, np.ndarray]:

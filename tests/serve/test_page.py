@@ -6,15 +6,20 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
 import pytest
 import uvicorn
+from places import SPEECH as CORPUS
 from served import LIMITS, SAMPLING, SPEECH
 
 gradio = pytest.importorskip("gradio", reason="needs the extra ui")
 
+from llasa_jax.convert.model_folder import saved_steps  # noqa: E402
+from llasa_jax.demo.tiny import make_tiny_codec  # noqa: E402
+from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer  # noqa: E402
 from llasa_jax.generate.line import Line  # noqa: E402
 from llasa_jax.serve import server  # noqa: E402
 from llasa_jax.serve.app import new_app  # noqa: E402
@@ -28,6 +33,7 @@ from llasa_jax.serve.runs import (  # noqa: E402
     runs_below,
 )
 from llasa_jax.serve.voices import Voices  # noqa: E402
+from llasa_jax.serve.work import Work  # noqa: E402
 from llasa_jax.speech.audio import write_audio  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -70,16 +76,16 @@ def test_runs_and_evaluations_are_found_by_name(runs):
     assert 1000 < len(curve_of(many, "loss")) <= 2000
 
 
-@pytest.fixture
-def page(new_speaker, runs):
-    """A browser's page, and the engine behind it."""
+@contextmanager
+def opened(speaker, *below):
+    """A browser's page, and the engine behind it, with folders of runs and of work."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if not CHROMIUM:
         pytest.skip("needs chromium")
     metrics, voices = Metrics(), Voices("tiny", {}, ["ada"])
-    engine = Engine(new_speaker(), SAMPLING, SPEECH, metrics)
+    engine = Engine(speaker, SAMPLING, SPEECH, metrics)
     app = new_app(engine, voices, LIMITS, metrics)
-    app = server.with_page(app, engine, voices, LIMITS, "", runs)
+    app = server.with_page(app, engine, voices, LIMITS, "", *below)
     where = socket.create_server(("127.0.0.1", 0))
     web = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [where]})
@@ -96,6 +102,12 @@ def page(new_speaker, runs):
     web.should_exit = True
     thread.join()
     engine.close()
+
+
+@pytest.fixture
+def page(new_speaker, runs):
+    with opened(new_speaker(), runs) as page:
+        yield page
 
 
 def test_texts_are_spoken_and_compared_in_a_browser(page):
@@ -129,3 +141,56 @@ def test_texts_are_spoken_and_compared_in_a_browser(page):
     if shown := os.environ.get("SCREENSHOTS"):
         tab.set_viewport_size({"width": 1000, "height": 1150})
         tab.screenshot(path=f"{shown}/page_runs.png")
+
+
+def fill(tab, label, value):
+    """Types into a field of the page, and leaves it."""
+    field = tab.get_by_label(label, exact=True).locator("visible=true")
+    field.fill(value)
+    field.press("Tab")
+
+
+@pytest.mark.soak
+def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, monkeypatch):
+    """With the real commands, in processes of their own."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    root = tmp_path / "work"
+    shutil.copytree(CORPUS, root / "voice")
+    make_tiny_llama(root / "models" / "tiny", make_tiny_tokenizer())
+    (root / "small.yaml").write_text(
+        "model: {dtype: float32, loss_chunk: 64}\ndata: {max_length: 384, doctor: false}\n"
+    )
+    codec = make_tiny_codec(tmp_path / "codec")
+    work = Work(root, str(root / "models" / "tiny"), str(codec))
+    with opened(new_speaker(), work.runs, work) as (tab, _):
+        tab.get_by_role("tab", name="Train").click()
+        fill(tab, "Folder of audio", "../codec")
+        fill(tab, "Name of the dataset", "mine")
+        tab.get_by_role("button", name="Make the dataset").click()
+        tab.get_by_text("the folder '../codec' is not there").first.wait_for()
+        fill(tab, "Folder of audio", "voice")
+        tab.get_by_role("button", name="Make the dataset").click()
+        tab.get_by_text("mine: done").wait_for()
+        assert work.made_datasets() == ["mine"]
+        tab.get_by_text("looked at").locator("visible=true").first.wait_for()  # says the doctor
+        tab.get_by_role("button", name="Report").click()
+        tab.frame_locator("iframe").get_by_text("Hours by speaker").first.wait_for()
+        tab.get_by_role("button", name="Report").click()
+        fill(tab, "Dataset", "mine")
+        fill(tab, "Recipe", "small.yaml")
+        fill(tab, "Name of the run", "first")
+        fill(tab, "Steps", "100000")
+        fill(tab, "Rows a step", "2")
+        tab.get_by_role("button", name="Start or go on").click()
+        numbers = work.runs / "first" / "metrics.jsonl"
+        while not (numbers.is_file() and numbers.read_text().count("\n") > 20):
+            assert work.training is None or work.training.state == "running", work.training.log()
+            time.sleep(0.1)
+        tab.get_by_text("step 20/100000").wait_for()
+        if shown := os.environ.get("SCREENSHOTS"):
+            tab.set_viewport_size({"width": 1100, "height": 1500})
+            tab.screenshot(path=f"{shown}/page_train.png", full_page=True)
+        tab.get_by_role("button", name="Save and stop").click()
+        tab.get_by_text("first: stopped").wait_for()
+    (step,) = saved_steps(work.runs / "first")
+    assert step > 20
