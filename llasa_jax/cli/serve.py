@@ -47,7 +47,7 @@ def serve(args) -> None:
     if (args.runs or args.work) and not args.page:
         raise UserError("--runs and --work are of the page; add --page, or leave them out")
     work = Work(args.work, str(args.model), args.codec, args.device) if args.work else None
-    runs = args.runs or (work and work.runs)
+    runs = args.runs or (work.runs if work else None)
     settings = ServeSettings(**{name: getattr(args, name) for name in LIMITS})
     sampling = SamplingSettings(
         **{name: getattr(args, name) for name in SAMPLING if name != "seed"}

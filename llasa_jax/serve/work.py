@@ -90,9 +90,9 @@ class Job:
         """The end of what the commands have said."""
         with self._log.open("rb") as file:
             file.seek(max(0, self._log.stat().st_size - LOG_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            lines = file.read().decode(errors="replace").rstrip().split("\n")
         # A progress bar writes its line again and again.
-        return "\n".join(printable(line.rpartition("\r")[2]) for line in lines)
+        return "\n".join(printable(line.rstrip("\r").rpartition("\r")[2]) for line in lines)
 
     def _run(self) -> None:
         try:

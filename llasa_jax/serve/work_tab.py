@@ -30,10 +30,15 @@ def add_tab(page: gr.Blocks, work: Work) -> None:
             make = gr.Button("Make the dataset", variant="primary")
             stop_making = gr.Button("Stop making it")
         making = gr.Markdown()
-        findings = gr.Dataframe(headers=FINDINGS, label="What the doctor says", wrap=True)
+        findings = gr.Dataframe(
+            headers=FINDINGS,
+            label="What the doctor says",
+            wrap=True,
+            column_widths=["10%", "10%", "50%", "30%"],
+        )
         with gr.Accordion("Report", open=False):
             report = gr.HTML()
-        gr.Markdown("### A training")
+        gr.Markdown("### A training\nWhat is 0 or empty is as the recipe or the default has it.")
         with gr.Row():
             dataset = gr.Dropdown([], label="Dataset", allow_custom_value=True)
             model = gr.Dropdown([SERVED], label="Begin with", allow_custom_value=True)
@@ -41,7 +46,7 @@ def add_tab(page: gr.Blocks, work: Work) -> None:
             run = gr.Textbox(label="Name of the run")
         with gr.Row():
             steps = _number("Steps")
-            rows = _number("Rows a step")
+            rows = _number("Rows per step")
             rate = gr.Number(None, label="Learning rate", minimum=0)
             rank = _number("LoRA rank")
             every = _number("Steps between checkpoints")
@@ -59,7 +64,8 @@ def add_tab(page: gr.Blocks, work: Work) -> None:
             return [gr.Dropdown(names) for names in (*found, ["", *work.recipes()])]
 
         def look():
-            return [_about(work.making), *_made(work), _about(work.training), _curve(work)]
+            making, training = (_about(job, work) for job in (work.making, work.training))
+            return [making, *_made(work), training, _curve(work)]
 
         shown = [making, findings, report, training, plot]
 
@@ -121,11 +127,11 @@ def _plainly(action: Callable) -> Callable:
     return run
 
 
-def _about(job: Job | None) -> str:
+def _about(job: Job | None, work: Work) -> str:
     if job is None:
         return "Nothing was started yet."
-    log = html.escape(job.log())
-    notice = f"{html.escape(job.notice)}\n\n" if job.notice else ""
+    log, notice = (html.escape(_relative(text, work)) for text in (job.log(), job.notice))
+    notice = f"{notice}\n\n" if notice else ""
     return f"**{job.name}: {job.state}**\n\n{notice}<pre>{log}</pre>"
 
 
@@ -133,9 +139,15 @@ def _made(work: Work) -> tuple[pd.DataFrame, str]:
     """The doctor's findings on the dataset that was made last, and its report."""
     name = work.making.name if work.making else ""
     found = pd.DataFrame(work.findings(name) if name else [], columns=FINDINGS)
+    found["message"] = [_relative(message, work) for message in found["message"]]
     page = html.escape(work.report(name)) if name else ""
     frame = f'<iframe sandbox srcdoc="{page}" style="width:100%;height:900px"></iframe>'
     return found, frame if page else ""
+
+
+def _relative(text: str, work: Work) -> str:
+    """A text with paths as the page names them."""
+    return text.replace(f"{work.root}/", "")
 
 
 def _curve(work: Work) -> pd.DataFrame:

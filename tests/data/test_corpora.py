@@ -71,6 +71,18 @@ def refused(program, folder, words):
     assert said.count("\n") == 0
 
 
+def test_beside(tmp_path):
+    files = {"a/1.wav": "", "a/1.txt": " Hello.\n", "b/1.FLAC": "", "b/1.txt": "Bye.", "2.wav": ""}
+    folder = put(tmp_path / "mine", files | {"notes.txt": "of no recording"})
+    (folder / "b/1.FLAC").write_bytes((SPEECH / "ada_01.flac").read_bytes())
+    expected = [
+        {"audio": "a/1.wav", "text": "Hello.", "id": "a/1"},
+        {"audio": "b/1.FLAC", "text": "Bye.", "id": "b/1"},
+    ]
+    said = check("beside", folder, expected)
+    assert "2.wav: it has no text" in said
+
+
 def test_ljspeech(tmp_path):
     folder = put(
         tmp_path / "LJSpeech-1.1",

@@ -31,6 +31,7 @@ from llasa_jax.serve.runs import (  # noqa: E402
     evaluations_below,
     numbers_of,
     runs_below,
+    samples_of,
 )
 from llasa_jax.serve.voices import Voices  # noqa: E402
 from llasa_jax.serve.work import Work  # noqa: E402
@@ -58,7 +59,8 @@ def runs(tmp_path):
         lines = [json.dumps({"step": at, "loss": loss}) for at, loss in enumerate(losses, 1)]
         (run / "samples").mkdir(parents=True)
         (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9, "lo']))
-        write_audio(run / "samples" / "000003_0.wav", np.full(1600, 0.5, np.float32))
+        for sample in ("000003_0", "000003_1", "000012_0"):
+            write_audio(run / "samples" / f"{sample}.wav", np.full(1600, 0.5, np.float32))
     os.utime(tmp_path / "old" / "metrics.jsonl", (0, 0))
     (tmp_path / "score").mkdir()
     (tmp_path / "score" / "results.json").write_text("{}")
@@ -72,6 +74,8 @@ def test_runs_and_evaluations_are_found_by_name(runs):
     assert curve_of(table, "loss")["value"].tolist() == [5.0, 4.0, 3.0]
     assert not len(curve_of(table, "none"))
     assert list(evaluations_below(runs)) == ["score"]
+    samples = ["000012_0.wav", "000003_1.wav", "000003_0.wav"]
+    assert list(samples_of(runs / "new")) == samples
     many = pd.DataFrame({"step": range(9000), "loss": range(9000)})
     assert 1000 < len(curve_of(many, "loss")) <= 2000
 
@@ -110,7 +114,7 @@ def page(new_speaker, runs):
         yield page
 
 
-def test_texts_are_spoken_and_compared_in_a_browser(page):
+def test_texts_are_spoken_and_compared_in_a_browser(page, runs):
     tab, engine = page
     expected = engine.say(Line("the quick brown fox"), 7)
     tab.get_by_label("Seed").first.fill("7")
@@ -131,10 +135,13 @@ def test_texts_are_spoken_and_compared_in_a_browser(page):
     tab.get_by_role("button", name="No difference").click()
     tab.get_by_text("no difference: 1").wait_for()
     tab.get_by_role("tab", name="Runs").click()
-    tab.get_by_text("Step 3, 1 samples.").wait_for()
+    tab.get_by_text("Step 3, 3 samples.").wait_for()
+    tab.get_by_text("0:00").last.wait_for()  # the newest, by itself
+    write_audio(runs / "new" / "samples" / "000020_0.wav", np.full(80_000, 0.5, np.float32))
+    tab.get_by_text("0:05").last.wait_for()  # another is there now
     tab.get_by_label("Sample", exact=True).click()
     tab.get_by_role("option", name="000003_0.wav").click()
-    tab.get_by_text("0:00").last.wait_for()
+    tab.get_by_text("0:05").last.wait_for(state="detached")
     tab.get_by_label("Evaluation").click()
     tab.get_by_role("option", name="score").click()
     tab.frame_locator("iframe").get_by_text("WER 3%").wait_for()
@@ -147,6 +154,7 @@ def fill(tab, label, value):
     """Types into a field of the page, and leaves it."""
     field = tab.get_by_label(label, exact=True).locator("visible=true")
     field.fill(value)
+    field.press("Enter")
     field.press("Tab")
 
 
@@ -158,16 +166,16 @@ def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, mo
     shutil.copytree(CORPUS, root / "voice")
     make_tiny_llama(root / "models" / "tiny", make_tiny_tokenizer())
     (root / "small.yaml").write_text(
-        "model: {dtype: float32, loss_chunk: 64}\ndata: {max_length: 384, doctor: false}\n"
+        "model: {dtype: float32, loss_chunk: 64}\ndata: {max_length: 384, doctor: 'off'}\n"
     )
-    codec = make_tiny_codec(tmp_path / "codec")
-    work = Work(root, str(root / "models" / "tiny"), str(codec))
+    make_tiny_codec(root / "codec")
+    work = Work(root, str(root / "models" / "tiny"), str(root / "codec"))
     with opened(new_speaker(), work.runs, work) as (tab, _):
         tab.get_by_role("tab", name="Train").click()
-        fill(tab, "Folder of audio", "../codec")
+        fill(tab, "Folder of audio", "../voice")
         fill(tab, "Name of the dataset", "mine")
         tab.get_by_role("button", name="Make the dataset").click()
-        tab.get_by_text("the folder '../codec' is not there").first.wait_for()
+        tab.get_by_text("the folder '../voice' is not there").first.wait_for()
         fill(tab, "Folder of audio", "voice")
         tab.get_by_role("button", name="Make the dataset").click()
         tab.get_by_text("mine: done").wait_for()
@@ -180,7 +188,7 @@ def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, mo
         fill(tab, "Recipe", "small.yaml")
         fill(tab, "Name of the run", "first")
         fill(tab, "Steps", "100000")
-        fill(tab, "Rows a step", "2")
+        fill(tab, "Rows per step", "2")
         tab.get_by_role("button", name="Start or go on").click()
         numbers = work.runs / "first" / "metrics.jsonl"
         while not (numbers.is_file() and numbers.read_text().count("\n") > 20):
@@ -189,6 +197,7 @@ def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, mo
         tab.get_by_text("step 20/100000").wait_for()
         if shown := os.environ.get("SCREENSHOTS"):
             tab.set_viewport_size({"width": 1100, "height": 1500})
+            tab.get_by_role("heading", name="A training").click()  # closes lists
             tab.screenshot(path=f"{shown}/page_train.png", full_page=True)
         tab.get_by_role("button", name="Save and stop").click()
         tab.get_by_text("first: stopped").wait_for()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llasa_jax.cli import new_parser
+from llasa_jax.cli import main, new_parser
 from llasa_jax.data.manifest import read_manifest
 from llasa_jax.errors import UserError
 from llasa_jax.serve import work as module
@@ -159,3 +159,10 @@ def test_a_job_stops_with_sigterm_and_at_a_failure(work, dataset, tmp_path, monk
     assert job.wait() == "stopped"
     assert job.log().endswith("saved")
     assert work.train(Plan("y", "mine")).wait() == "done"
+
+
+def test_the_tab_needs_the_page_and_a_folder(tmp_path, capfd):
+    assert main(["serve", "model", f"--work={tmp_path}"]) == 2
+    assert "--runs and --work are of the page; add --page" in capfd.readouterr().err
+    assert main(["serve", "model", "--page", f"--work={tmp_path / 'none'}"]) == 2
+    assert "none: no such folder; make it, or give another --work" in capfd.readouterr().err
