@@ -71,10 +71,10 @@ def new_page(
             raise gr.Error("that took too long; shorten the text", print_exception=False) from None
 
     def load(step):
+        if not str(step).isdecimal():
+            raise gr.Error("choose a step of the list", print_exception=False)
         try:
             engine.load(int(step))
-        except (ValueError, TypeError):
-            raise gr.Error("choose a step of the list", print_exception=False) from None
         except (UserError, OSError, RuntimeError) as error:
             raise gr.Error(first_line(error), print_exception=False) from None
         return f"All that is spoken from now on is of step {step}."

@@ -110,7 +110,12 @@ def opened(speaker, *below):
 
 @pytest.fixture
 def page(new_speaker, runs):
-    with opened(new_speaker(), runs) as page:
+    speaker = new_speaker()
+    speaker.folder, params = runs / "new", speaker._params
+    for step in (3, 6):  # Two checkpoints, which say different things.
+        (speaker.folder / "checkpoints" / str(step)).mkdir(parents=True)
+    speaker._read = lambda step: params | {"head": params["head"] * (1 if step == 3 else -1)}
+    with opened(speaker, runs) as page:
         yield page
 
 
@@ -125,6 +130,11 @@ def test_texts_are_spoken_and_compared_in_a_browser(page, runs):
         "codes => [...document.querySelectorAll('textarea')].some(t => t.value == codes)",
         arg=codes,
     )
+    tab.get_by_label("Checkpoint").click()
+    tab.get_by_role("option", name="6").click()
+    tab.get_by_role("button", name="Load it for everybody").click()
+    tab.get_by_text("from now on is of step 6").wait_for()
+    assert engine.say(Line("the quick brown fox"), 7).codes.tolist() != expected.codes.tolist()
     tab.get_by_role("textbox", name="Text").first.fill("  ")
     tab.get_by_role("button", name="Speak", exact=True).click()
     tab.get_by_text("has no text").first.wait_for()
@@ -158,6 +168,17 @@ def fill(tab, label, value):
     field.press("Tab")
 
 
+@contextmanager
+def ended(work):
+    """Ends what was started, whatever fails."""
+    try:
+        yield
+    finally:
+        for job in filter(None, (work.making, work.training)):
+            job.stop()
+            job.wait()
+
+
 @pytest.mark.soak
 def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, monkeypatch):
     """With the real commands, in processes of their own."""
@@ -170,7 +191,7 @@ def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, mo
     )
     make_tiny_codec(root / "codec")
     work = Work(root, str(root / "models" / "tiny"), str(root / "codec"))
-    with opened(new_speaker(), work.runs, work) as (tab, _):
+    with opened(new_speaker(), work.runs, work) as (tab, _), ended(work):
         tab.get_by_role("tab", name="Train").click()
         fill(tab, "Folder of audio", "../voice")
         fill(tab, "Name of the dataset", "mine")
