@@ -75,6 +75,7 @@ def test_every_tensor_is_that_of_the_checkpoint(release, tokenizer):
         assert getattr(config, key) == pytest.approx(getattr(other, key))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("kind", "error"), [("bf16", 2**-8), ("f16", 2**-11), ("q8_0", 2**-7)])
 def test_smaller_types_are_near(release, kind, error, tmp_path):
     if kind == "bf16":  # the program's default

@@ -164,8 +164,15 @@ def fill(tab, label, value):
     """Types into a field of the page, and leaves it."""
     field = tab.get_by_label(label, exact=True).locator("visible=true")
     field.fill(value)
-    field.press("Enter")
     field.press("Tab")
+
+
+def pick(tab, label, value):
+    """Chooses from a list of the page."""
+    field = tab.get_by_label(label, exact=True).locator("visible=true")
+    field.fill("")
+    field.click()
+    tab.get_by_role("option", name=value, exact=True).locator("visible=true").click()
 
 
 @contextmanager
@@ -197,7 +204,7 @@ def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, mo
         fill(tab, "Name of the dataset", "mine")
         tab.get_by_role("button", name="Make the dataset").click()
         tab.get_by_text("the folder '../voice' is not there").first.wait_for()
-        fill(tab, "Folder of audio", "voice")
+        pick(tab, "Folder of audio", "voice")
         tab.get_by_role("button", name="Make the dataset").click()
         tab.get_by_text("mine: done").wait_for()
         assert work.made_datasets() == ["mine"]
@@ -205,8 +212,8 @@ def test_a_dataset_is_made_and_trained_on_in_a_browser(new_speaker, tmp_path, mo
         tab.get_by_role("button", name="Report").click()
         tab.frame_locator("iframe").get_by_text("Hours by speaker").first.wait_for()
         tab.get_by_role("button", name="Report").click()
-        fill(tab, "Dataset", "mine")
-        fill(tab, "Recipe", "small.yaml")
+        pick(tab, "Dataset", "mine")
+        pick(tab, "Recipe", "small.yaml")
         fill(tab, "Name of the run", "first")
         fill(tab, "Steps", "100000")
         fill(tab, "Rows per step", "2")
