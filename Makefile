@@ -48,8 +48,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# With --quiet, --strict would see no warnings.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Not those that train for hours or need Ray.
 LONG = $(addprefix benchmarks/,speak.py train_codec.py ray_kills.py lengths.py)
