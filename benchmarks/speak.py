@@ -5,17 +5,20 @@ The world is closed: times, appointments, orders and digits, over a million poss
 drawn from one seed. All is done by the product's own commands: encode with the demo's codec,
 import-hf, train, generate. PocketSphinx, with the world's grammar and open, says which words are
 understood, in flite's recordings, in what the codec makes of them, and in the model's speech;
-Resemblyzer says whose voice it is. Give `--hours 0.02 --steps 20 --sentences 8` to try it.
+Resemblyzer says whose voice it is. Then the model learns a voice that it never had from three
+minutes of it, all weights and LoRA. Give `--hours 0.02 --steps 20 --sentences 8` to try it.
 
-The table is also written to `speak.txt` in `--out`. The same command goes on where it was stopped.
-Without `--hours` and the like it takes hours on two
-cores. Needs flite (Debian's package), and the extra `evaluate` with Resemblyzer.
+The tables are also written to `speak.txt` in `--out`, and with `--results FOLDER` there, with five
+of the sentences spoken. The same command goes on where it was stopped. Without `--hours` and the
+like it takes hours on two cores. Needs flite (Debian's package), and the extra `evaluate` with
+Resemblyzer.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +26,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import AutoTokenizer
 
 from llasa_jax.codec import load_codec
 from llasa_jax.demo import CODEC
 from llasa_jax.demo.tiny_llama import SAMPLE_TEXT, make_tiny_llama, make_tiny_tokenizer
 from llasa_jax.speech.audio import SAMPLE_RATE, read_audio
+from llasa_jax.speech.vocab import NUM_CODES, SpeechVocab
 
 VOICES = "slt", "rms", "awb"
+NEW_VOICE = "kal16"
 SECONDS = 2.5  # of a sentence, about
 SMALL = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEENS = [
@@ -85,14 +92,16 @@ def draw(count: int, seed: int, without: frozenset[str] = frozenset()) -> list[s
     return list(found)
 
 
-def record(folder: Path, texts: list[str], prefix: str) -> list[dict]:
+def record(
+    folder: Path, texts: list[str], prefix: str, voices: tuple[str, ...] = VOICES
+) -> list[dict]:
     """Flite says each text by one voice after the other, as FOLDER/ID.wav, where it is not yet."""
     folder.mkdir(parents=True, exist_ok=True)
     clips = [
         {
             "id": f"{prefix}{number:06d}",
             "text": text,
-            "speaker": VOICES[number % len(VOICES)],
+            "speaker": voices[number % len(voices)],
         }
         for number, text in enumerate(texts)
     ]
@@ -115,27 +124,69 @@ def run(*arguments) -> None:
     subprocess.run([sys.executable, "-m", "llasa_jax.cli", *words], check=True)
 
 
+def structured_codes(folder: Path, seed: int) -> None:
+    """Gives the codes of an HF checkpoint random embeddings that know how a code is made: each is
+    the sum of eight vectors, one for each of its digits of base 4 (XCodec2's FSQ levels). Codes
+    that sound alike begin alike, so that one that is rare in a few hours is not learned alone.
+    """
+    from safetensors.torch import load_file, save_file
+
+    name, file = "model.embed_tokens.weight", folder / "model.safetensors"
+    tensors = load_file(file)
+    base = SpeechVocab.of(AutoTokenizer.from_pretrained(folder)).code_base
+    width = tensors[name].shape[1]
+    digits = np.arange(NUM_CODES)[:, None] // 4 ** np.arange(8) % 4
+    vectors = np.random.default_rng(seed).normal(0, 0.02 / np.sqrt(8), (8, 4, width))
+    rows = sum(vectors[place, digits[:, place]] for place in range(8))
+    tensors[name][base : base + NUM_CODES] = torch.from_numpy(rows.astype(np.float32))
+    save_file(tensors, file, {"format": "pt"})
+
+
 def write_lines(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def make(out: Path, options: argparse.Namespace) -> list[dict]:
-    """Records, a trained model and its speech, in `out`. Returns the unseen sentences' clips."""
-    world, place = [options.seed, options.hours, options.sentences], out / "world.json"
-    if place.exists() and json.loads(place.read_text()) != world:
-        raise SystemExit(f"{out} holds other sentences; give another --out, or the same options")
-    place.write_text(json.dumps(world))
-    unseen = draw(options.sentences, options.seed + 1)
-    texts = draw(int(options.hours * 3600 / SECONDS), options.seed, frozenset(unseen))
-    if not (out / "train.jsonl").exists():
-        clips = [
-            clip | {"audio": f"wavs/{clip['id']}.wav"} for clip in record(out / "wavs", texts, "t")
-        ]
-        write_lines(out / "train.jsonl", clips)
-    asked = record(out / "flite", unseen, "u")
-    run("encode", "--manifest", out / "train.jsonl", "--out", out / "records", "--codec", CODEC)
-    if not (out / "hf" / "tokenizer.json").exists():
+def say(out: Path, name: str, model: Path, asked: list[dict], *more) -> None:
+    """`model` says the sentences, into OUT/NAME."""
+    lines = [{key: clip[key] for key in ("id", "text", "speaker")} for clip in asked]
+    run(
+        *("generate", "--model", model, "--codec", CODEC, "--dtype", "float32"),
+        *("--temperature", "0.3", "--lines", write_lines(out / f"{name}.jsonl", lines)),
+        *("--out", out / name, "--rows", "8", *more),
+    )
+
+
+def learn(out: Path, name: str, model: Path, records: Path, steps: int, *more) -> None:
+    run(
+        "train",
+        f"--out={out / name}",
+        f"--model.path={model}",
+        "--model.dtype=float32",
+        "--model.remat=none",
+        f"--data.path={records}",
+        "--data.max_length=1024",
+        f"--train.steps={steps}",
+        f"--train.save_every={max(1, steps // 10)}",
+        "--train.keep=1",
+        *more,
+    )
+
+
+def encoded(out: Path, name: str, texts: list[str], voices: tuple[str, ...]) -> Path:
+    """Recordings of `texts` as a dataset."""
+    manifest = out / f"{name}.jsonl"
+    if not manifest.exists():
+        clips = record(out / name, texts, name, voices)
+        write_lines(manifest, [clip | {"audio": f"{name}/{clip['id']}.wav"} for clip in clips])
+    records = out / f"{name}_records"
+    run("encode", "--manifest", manifest, "--out", records, "--codec", CODEC)
+    return records
+
+
+def from_nothing(out: Path, texts: list[str], asked: list[dict], options) -> None:
+    records = encoded(out, "train", texts, VOICES)
+    if not (out / "hf" / "structured").exists():
         make_tiny_llama(
             out / "hf",
             make_tiny_tokenizer([*SAMPLE_TEXT, *texts]),
@@ -147,28 +198,30 @@ def make(out: Path, options: argparse.Namespace) -> list[dict]:
             num_key_value_heads=options.width // 64,
             head_dim=64,
         )
+        structured_codes(out / "hf", options.seed)
+        (out / "hf" / "structured").touch()
     run("import-hf", out / "hf", out / "model")
-    run(
-        "train",
-        f"--out={out / 'run'}",
-        f"--model.path={out / 'model'}",
-        "--model.dtype=float32",
-        "--model.remat=none",
-        f"--data.path={out / 'records'}",
-        "--data.max_length=1024",
-        f"--optimizer.learning_rate={options.learning_rate}",
-        f"--train.steps={options.steps}",
-        "--train.rows=4",
-        f"--train.save_every={max(1, options.steps // 10)}",
-        "--train.keep=1",
+    rates = f"--optimizer.learning_rate={options.learning_rate}", f"--train.rows={options.rows}"
+    learn(out, "run", out / "model", records, options.steps, *rates)
+    say(out, "spoken", out / "run", asked)
+
+
+def new_voice(out: Path, texts: list[str], asked: list[dict], options) -> None:
+    """The trained model learns `NEW_VOICE` from a few minutes."""
+    records = encoded(out, "new", texts, (NEW_VOICE,))
+    run("export-hf", out / "run", out / "release")
+    say(out, "new_before", out / "run", asked)
+    rows = "--train.rows=2"
+    learn(
+        *(out, "new_full", out / "release", records, options.new_steps),
+        *("--optimizer.learning_rate=3e-4", rows),
     )
-    lines = [{key: clip[key] for key in ("id", "text", "speaker")} for clip in asked]
-    run(
-        *("generate", "--model", out / "run", "--codec", CODEC, "--dtype", "float32"),
-        *("--temperature", "0.5", "--lines", write_lines(out / "lines.jsonl", lines)),
-        *("--out", out / "spoken", "--rows", "8"),
+    say(out, "new_after", out / "new_full", asked)
+    learn(
+        *(out, "new_lora", out / "release", records, options.new_steps),
+        *("--optimizer.learning_rate=2e-3", "--lora.rank=32", rows),
     )
-    return asked
+    say(out, "new_after_lora", out / "new_lora", asked)
 
 
 def heard(listener, waves: list[np.ndarray]) -> list[str]:
@@ -184,58 +237,86 @@ def heard(listener, waves: list[np.ndarray]) -> list[str]:
     return found
 
 
-def measure(out: Path, asked: list[dict], options: argparse.Namespace) -> list[str]:
-    """The lines of the table."""
-    import jiwer
-    from pocketsphinx import Decoder
-    from resemblyzer import VoiceEncoder, preprocess_wav
+def waves_of(folder: Path, asked: list[dict]) -> dict[str, np.ndarray]:
+    files = {clip["id"]: folder / f"{clip['id']}.wav" for clip in asked}
+    return {id: read_audio(file) for id, file in files.items() if file.exists()}
 
-    listeners = [Decoder(samprate=SAMPLE_RATE, loglevel="FATAL") for _ in range(2)]
-    listeners[0].add_jsgf_string("world", grammar())
-    listeners[0].activate_search("world")
-    encoder = VoiceEncoder("cpu", verbose=False)
 
-    def voice(wave: np.ndarray) -> np.ndarray:
-        return encoder.embed_utterance(preprocess_wav(np.clip(wave, -1, 1), SAMPLE_RATE))
+class Listeners:
+    """PocketSphinx with the world's grammar and open, and Resemblyzer with ten clips of each
+    voice.
+    """
 
-    known = {name: [] for name in VOICES}
-    for clip in map(json.loads, (out / "train.jsonl").read_text().splitlines()):
-        if len(known[clip["speaker"]]) < 10:
-            known[clip["speaker"]].append(voice(read_audio(out / clip["audio"])))
-    centres = {name: np.mean(voices, 0) for name, voices in known.items()}
+    def __init__(self, out: Path):
+        from pocketsphinx import Decoder
+        from resemblyzer import VoiceEncoder
 
-    codec = load_codec(CODEC)
-    flite = {clip["id"]: read_audio(out / "flite" / f"{clip['id']}.wav") for clip in asked}
-    ours = {
-        clip["id"]: read_audio(out / "spoken" / f"{clip['id']}.wav")
-        for clip in asked
-        if (out / "spoken" / f"{clip['id']}.wav").exists()
-    }
-    again = {id: codec.decode(codec.encode([wave])[0]) for id, wave in flite.items()}
-    table = [f"{'':22}{'words wrong (grammar)':>23}{'(open)':>10}{'right voice':>14}"]
-    for name, waves in (("flite", flite), ("through the codec", again), ("the model", ours)):
+        self.recognisers = [Decoder(samprate=SAMPLE_RATE, loglevel="FATAL") for _ in range(2)]
+        self.recognisers[0].add_jsgf_string("world", grammar())
+        self.recognisers[0].activate_search("world")
+        self._encoder = VoiceEncoder("cpu", verbose=False)
+        known: dict[str, list] = {name: [] for name in (*VOICES, NEW_VOICE)}
+        for file in ("train.jsonl", "new.jsonl"):
+            for clip in map(json.loads, (out / file).read_text().splitlines()):
+                if len(known[clip["speaker"]]) < 10:
+                    known[clip["speaker"]].append(self._voice(read_audio(out / clip["audio"])))
+        self._centres = {name: np.mean(voices, 0) for name, voices in known.items()}
+
+    def _voice(self, wave: np.ndarray) -> np.ndarray:
+        from resemblyzer import preprocess_wav
+
+        wave = preprocess_wav(np.clip(wave, -1, 1), SAMPLE_RATE)
+        return self._encoder.embed_utterance(wave) if len(wave) else np.zeros(256)
+
+    def speaker(self, wave: np.ndarray) -> str:
+        voice = self._voice(wave)
+        return max(self._centres, key=lambda name: self._centres[name] @ voice)
+
+    def line(self, name: str, asked: list[dict], waves: dict[str, np.ndarray]) -> str:
+        import jiwer
+
         spoken = [waves.get(clip["id"], np.zeros(SAMPLE_RATE)) for clip in asked]
         said = [clip["text"] for clip in asked]
-        wrong = [jiwer.wer(said, heard(listener, spoken)) for listener in listeners]
+        wrong = [jiwer.wer(said, heard(listener, spoken)) for listener in self.recognisers]
         right = np.mean(
             [
-                clip["speaker"] == max(centres, key=lambda name: centres[name] @ voice(wave))
+                clip["speaker"] == self.speaker(wave)
                 for clip, wave in zip(asked, spoken, strict=True)
-                if wave.any()
             ]
         )
-        table.append(f"{name:22}{wrong[0]:23.1%}{wrong[1]:10.1%}{right:14.1%}")
+        return f"{name:30}{wrong[0]:22.1%}{wrong[1]:10.1%}{right:14.1%}"
+
+
+def measure(out: Path, asked: list[dict], new: list[dict]) -> list[str]:
+    """The lines of the tables."""
+    listeners, codec = Listeners(out), load_codec(CODEC)
+    title = f"{'':30}{'words wrong (grammar)':>22}{'(open)':>10}{'right voice':>14}"
+    table = [f"{len(asked)} sentences in no training data", title]
+    flite = waves_of(out / "flite", asked)
+    again = {id: codec.decode(codec.encode([wave])[0]) for id, wave in flite.items()}
+    ours = waves_of(out / "spoken", asked)
+    for name, waves in (("flite", flite), ("through the codec", again), ("the model", ours)):
+        table.append(listeners.line(name, asked, waves))
     lines = [json.loads(line) for line in (out / "spoken/lines.jsonl").read_text().splitlines()]
     stopped = sum(line["stopped"] for line in lines) / len(asked)
     pace = sum(map(len, ours.values())) / sum(len(flite[id]) for id in ours)
-    table.append(
-        f"{stopped:.1%} of {len(asked)} stop by themselves; {pace:.2f} times flite's length"
-    )
-    table.append(
-        f"seed {options.seed}, {options.hours} hours of speech, {options.steps} steps, width"
-        f" {options.width}, {options.layers} layers"
-    )
+    table.append(f"{stopped:.1%} stop by themselves; {pace:.2f} times flite's length")
+    table += ["", f"{NEW_VOICE}, a voice of which the model had nothing", title]
+    for name, folder in (
+        ("flite", "flite_new"),
+        ("the model, before", "new_before"),
+        ("finetuned, all weights", "new_after"),
+        ("finetuned, LoRA", "new_after_lora"),
+    ):
+        table.append(listeners.line(name, new, waves_of(out / folder, new)))
     return table
+
+
+def minutes(run: Path) -> float:
+    """What training took, starts and compilation included."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    times = [row for row in rows if "goodput" in row][-1]
+    return sum(value for name, value in times.items() if name.startswith("seconds_")) / 60
 
 
 def main() -> None:
@@ -243,22 +324,52 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(".cache/speak"))
+    parser.add_argument("--results", type=Path, help="keep the tables and five wavs here too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hours", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--sentences", type=int, default=200, help="unseen ones, to be said")
+    parser.add_argument("--new-minutes", type=float, default=3.0, help="of the new voice")
+    parser.add_argument("--new-steps", type=int, default=150)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    asked = make(options.out, options)
-    table = measure(options.out, asked, options)
-    table.append(f"this piece took {(time.time() - began) / 60:.0f} minutes")
+    world, place = [options.seed, options.hours, options.sentences], out / "world.json"
+    if place.exists() and json.loads(place.read_text()) != world:
+        raise SystemExit(f"{out} holds other sentences; give another --out, or the same options")
+    place.write_text(json.dumps(world))
+    unseen = draw(options.sentences, options.seed + 1)
+    texts = draw(int(options.hours * 3600 / SECONDS), options.seed, frozenset(unseen))
+    asked = record(out / "flite", unseen, "u")
+    few = texts[: max(1, int(options.new_minutes * 60 / SECONDS))]
+    new = record(out / "flite_new", unseen[: max(1, len(unseen) // 4)], "n", (NEW_VOICE,))
+    from_nothing(out, texts, asked, options)
+    new_voice(out, few, new, options)
+    table = measure(out, asked, new)
+    table.append(
+        f"seed {options.seed}, {options.hours} hours of speech, {options.steps} steps of"
+        f" {options.rows} rows of 1024 tokens, width {options.width}, {options.layers} layers;"
+        f" {options.new_minutes} minutes and {options.new_steps} steps for the new voice"
+    )
+    table.append(
+        f"training took {minutes(out / 'run'):.0f} minutes, the new voice"
+        f" {minutes(out / 'new_full'):.0f} and {minutes(out / 'new_lora'):.0f} (LoRA); this piece"
+        f" of the program {(time.time() - began) / 60:.0f}"
+    )
     print("\n".join(table))
-    (options.out / "speak.txt").write_text("\n".join(table) + "\n")
+    (out / "speak.txt").write_text("\n".join(table) + "\n")
+    if options.results:
+        (options.results / "speak").mkdir(parents=True, exist_ok=True)
+        (options.results / "speak.txt").write_text("\n".join(table) + "\n")
+        for clip in asked[:5]:
+            name = clip["text"].replace(" ", "_") + f"_{clip['speaker']}.wav"
+            shutil.copy(out / "spoken" / f"{clip['id']}.wav", options.results / "speak" / name)
 
 
 if __name__ == "__main__":
