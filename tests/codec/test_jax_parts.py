@@ -14,7 +14,7 @@ from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2Ber
 from transformers.models.xcodec2 import modeling_xcodec2
 
 from llasa_jax.codec.streaming import stream
-from llasa_jax.codec.xcodec2_jax import decoder, encoder
+from llasa_jax.codec.xcodec2_jax import decoder, encoder, layers
 from llasa_jax.codec.xcodec2_jax.features import log_mel
 from llasa_jax.codec.xcodec2_jax.layers import Span
 from llasa_jax.codec.xcodec2_jax.quantizer import quantize, values_of
@@ -45,6 +45,41 @@ def test_parameters_go_back_to_the_tensors_they_came_from(weights):
 
 def spans(*stops: int) -> Span:
     return Span(jnp.zeros(len(stops), jnp.int32), jnp.array(stops, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "dilation"), [(7, 1, 1), (7, 1, 9), (3, 1, 1), (4, 2, 1), (10, 5, 1)]
+)
+@pytest.mark.parametrize("length", [60, 63])
+def test_convolutions_as_products(width, stride, dilation, length):
+    """What TPUs are given, and what others are, against PyTorch's."""
+    draw = np.random.default_rng(0).normal
+    x, kernel = (draw(size=shape).astype(np.float32) for shape in ((2, 6, length), (5, 6, width)))
+    expected = torch.nn.functional.conv1d(
+        torch.from_numpy(x), torch.from_numpy(kernel), stride=stride, dilation=dilation
+    )
+    arguments = x.transpose(0, 2, 1), kernel.transpose(2, 1, 0), stride, dilation
+    for way in (layers._conv_as_product, layers._conv):
+        np.testing.assert_allclose(
+            way(*map(jnp.asarray, arguments[:2]), *arguments[2:]).transpose(0, 2, 1),
+            expected.numpy(),
+            atol=1e-5,
+        )
+
+
+def test_a_dilation_that_is_known_when_it_runs():
+    draw, dilations = np.random.default_rng(0).normal, (1, 3, 9)
+    x = draw(size=(2, 6, 60)).astype(np.float32)
+    weight = draw(size=(5, 6, 7)).astype(np.float32)
+    bias = draw(size=5).astype(np.float32)
+    p = {"weight": jnp.asarray(weight.transpose(2, 1, 0)), "bias": jnp.asarray(bias)}
+    for number, dilation in enumerate(dilations):
+        expected = torch.nn.functional.conv1d(
+            *map(torch.from_numpy, (x, weight, bias)), dilation=dilation, padding=3 * dilation
+        )
+        for way in (layers._dilated_as_product, layers.conv_dilated):
+            ours = way(jnp.asarray(x.transpose(0, 2, 1)), p, jnp.array(number), dilations)
+            np.testing.assert_allclose(ours.transpose(0, 2, 1), expected.numpy(), atol=1e-5)
 
 
 def test_features_are_those_of_the_extractor():

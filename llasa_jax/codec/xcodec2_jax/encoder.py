@@ -17,6 +17,7 @@ from llasa_jax.codec.xcodec2_jax.layers import (
     Span,
     attend,
     conv,
+    conv_dilated,
     layer_norm,
     linear,
     silu,
@@ -180,12 +181,11 @@ def _acoustic_window(
 
 def _residual_units(x_BTC: jax.Array, units: list[dict], span: Span) -> jax.Array:
     """Units that differ in their dilation alone; scanned, since one program compiles faster."""
-    dilated = [partial(conv, dilation=dilation, padding=3 * dilation) for dilation in _DILATIONS]
 
     def unit(x_BTC, numbered):
         number, p = numbered
         y_BTC = zero_outside(_activation(x_BTC, p["snake1"]["act"], span), span)
-        y_BTC = lax.switch(number, dilated, y_BTC, p["conv1"])
+        y_BTC = conv_dilated(y_BTC, p["conv1"], number, _DILATIONS)
         return x_BTC + linear(_activation(y_BTC, p["snake2"]["act"], span), p["conv2"]), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *units)

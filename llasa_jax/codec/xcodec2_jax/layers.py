@@ -12,6 +12,7 @@ sees the end of a clip, these functions see it too, so that a clip's result depe
 neighbours nor on the padding.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -53,16 +54,71 @@ def linear(x: jax.Array, p: dict) -> jax.Array:
 def conv(
     x_BTC: jax.Array, p: dict, stride: int = 1, dilation: int = 1, padding: int = 0
 ) -> jax.Array:
-    """PyTorch's Conv1d, with time before channels: [B, T, C] to [B, T', O]."""
-    y = lax.conv_general_dilated(
-        x_BTC,
+    """PyTorch's Conv1d, with time before channels: [B, T, C] to [B, T', O]. `stride` divides the
+    kernel's width.
+    """
+    y = lax.platform_dependent(
+        jnp.pad(x_BTC, ((0, 0), (padding, padding), (0, 0))),
         p["weight"],
+        tpu=partial(_conv_as_product, stride=stride, dilation=dilation),
+        default=partial(_conv, stride=stride, dilation=dilation),
+    )
+    return y + p["bias"] if "bias" in p else y
+
+
+def _conv(x_BTC: jax.Array, kernel_WCO: jax.Array, stride: int, dilation: int) -> jax.Array:
+    return lax.conv_general_dilated(
+        x_BTC,
+        kernel_WCO,
         (stride,),
-        [(padding, padding)],
+        "VALID",
         rhs_dilation=(dilation,),
         dimension_numbers=("NWC", "WIO", "NWC"),
     )
-    return y + p["bias"] if "bias" in p else y
+
+
+def _conv_as_product(
+    x_BTC: jax.Array, kernel_WCO: jax.Array, stride: int, dilation: int
+) -> jax.Array:
+    """As `_conv`, by one product with what the taps see, which compiles for a TPU in a third of the
+    time.
+    """
+    B, T, C = x_BTC.shape
+    W, _, O = kernel_WCO.shape  # noqa: E741 the alphabet's letter
+    length = (T - dilation * (W - 1) - 1) // stride + 1
+    # A frame of `stride` steps is what one tap sees, of a kernel that is narrower by `stride`.
+    frames = length + W // stride - 1 if stride > 1 else T
+    x_BTC = x_BTC[:, : frames * stride].reshape(B, frames, stride * C)
+    seen = [x_BTC[:, i : i + length] for i in range(0, W // stride * dilation, dilation)]
+    return jnp.concatenate(seen, -1) @ kernel_WCO.reshape(W * C, O)
+
+
+def conv_dilated(
+    x_BTC: jax.Array, p: dict, number: jax.Array, dilations: tuple[int, ...]
+) -> jax.Array:
+    """A `conv` of the same length with the dilation `dilations[number]`, known when it runs."""
+
+    def branches(x_BTC, p, number):
+        W = p["weight"].shape[0]
+        dilated = [
+            partial(conv, dilation=dilation, padding=W // 2 * dilation) for dilation in dilations
+        ]
+        return lax.switch(number, dilated, x_BTC, p)
+
+    args = x_BTC, p, number
+    product = partial(_dilated_as_product, dilations=dilations)
+    return lax.platform_dependent(*args, tpu=product, default=branches)
+
+
+def _dilated_as_product(
+    x_BTC: jax.Array, p: dict, number: jax.Array, dilations: tuple[int, ...]
+) -> jax.Array:
+    W, T = p["weight"].shape[0], x_BTC.shape[1]
+    most = W // 2 * max(dilations)
+    x_BTC = jnp.pad(x_BTC, ((0, 0), (most, most), (0, 0)))
+    steps = (jnp.arange(W) - W // 2) * jnp.array(dilations)[number] + most
+    seen = [lax.dynamic_slice_in_dim(x_BTC, steps[i], T, axis=1) for i in range(W)]
+    return jnp.concatenate(seen, -1) @ p["weight"].reshape(-1, p["weight"].shape[-1]) + p["bias"]
 
 
 def silu(x: jax.Array) -> jax.Array:
