@@ -56,9 +56,9 @@ def test_convolutions_as_products(width, stride, dilation, length):
     draw = np.random.default_rng(0).normal
     x, kernel = (draw(size=shape).astype(np.float32) for shape in ((2, 6, length), (5, 6, width)))
     expected = torch.nn.functional.conv1d(
-        torch.from_numpy(x), torch.from_numpy(kernel), stride=stride, dilation=dilation
+        *map(torch.from_numpy, (x, kernel)), stride=stride, dilation=dilation, padding=2
     )
-    arguments = x.transpose(0, 2, 1), kernel.transpose(2, 1, 0), stride, dilation
+    arguments = x.transpose(0, 2, 1), kernel.transpose(2, 1, 0), stride, dilation, 2
     for way in (layers._conv_as_product, layers._conv):
         np.testing.assert_allclose(
             way(*map(jnp.asarray, arguments[:2]), *arguments[2:]).transpose(0, 2, 1),

@@ -47,17 +47,15 @@ def decode_values(params: dict, values_BTZ: jax.Array, frames_B: jax.Array, conf
         p["fc"],
     )
     x_BTD = conv(zero_outside(x_BTD, span), p["embed"], padding=3)
-    x_BTD = _residual_blocks(x_BTD, p["prior_net"], span)
+
+    def block(x, weights):
+        return _residual_block(x, weights, span), None
+
+    x_BTD = lax.scan(block, x_BTD, p["prior_net"])[0]
     layer = jax.checkpoint(lambda x, weights: (_transformer_layer(x, weights, span, config), None))
     x_BTD = lax.scan(layer, x_BTD, p["layers"])[0]
-    x_BTD = _residual_blocks(x_BTD, p["post_net"], span)
+    x_BTD = lax.scan(block, x_BTD, p["post_net"])[0]
     return _wave(linear(layer_norm(x_BTD, p["norm"], 1e-6), p["head"]["linear"]), span)
-
-
-def _residual_blocks(x_BTD: jax.Array, blocks: dict, span: Span) -> jax.Array:
-    """Two that are alike; scanned, since one program compiles faster."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), blocks["0"], blocks["1"])
-    return lax.scan(lambda x, p: (_residual_block(x, p, span), None), x_BTD, stacked)[0]
 
 
 def _residual_block(x_BTD: jax.Array, p: dict, span: Span) -> jax.Array:

@@ -58,39 +58,47 @@ def conv(
     kernel's width.
     """
     y = lax.platform_dependent(
-        jnp.pad(x_BTC, ((0, 0), (padding, padding), (0, 0))),
+        x_BTC,
         p["weight"],
-        tpu=partial(_conv_as_product, stride=stride, dilation=dilation),
-        default=partial(_conv, stride=stride, dilation=dilation),
+        tpu=partial(_conv_as_product, stride=stride, dilation=dilation, padding=padding),
+        default=partial(_conv, stride=stride, dilation=dilation, padding=padding),
     )
     return y + p["bias"] if "bias" in p else y
 
 
-def _conv(x_BTC: jax.Array, kernel_WCO: jax.Array, stride: int, dilation: int) -> jax.Array:
+def _conv(
+    x_BTC: jax.Array, kernel_WCO: jax.Array, stride: int, dilation: int, padding: int
+) -> jax.Array:
     return lax.conv_general_dilated(
         x_BTC,
         kernel_WCO,
         (stride,),
-        "VALID",
+        [(padding, padding)],
         rhs_dilation=(dilation,),
         dimension_numbers=("NWC", "WIO", "NWC"),
     )
 
 
 def _conv_as_product(
-    x_BTC: jax.Array, kernel_WCO: jax.Array, stride: int, dilation: int
+    x_BTC: jax.Array, kernel_WCO: jax.Array, stride: int, dilation: int, padding: int
 ) -> jax.Array:
     """As `_conv`, by one product with what the taps see, which compiles for a TPU in a third of the
     time.
     """
+    x_BTC = jnp.pad(x_BTC, ((0, 0), (padding, padding), (0, 0)))
     B, T, C = x_BTC.shape
-    W, _, O = kernel_WCO.shape  # noqa: E741 the alphabet's letter
+    W = len(kernel_WCO)
     length = (T - dilation * (W - 1) - 1) // stride + 1
     # A frame of `stride` steps is what one tap sees, of a kernel that is narrower by `stride`.
     frames = length + W // stride - 1 if stride > 1 else T
     x_BTC = x_BTC[:, : frames * stride].reshape(B, frames, stride * C)
     seen = [x_BTC[:, i : i + length] for i in range(0, W // stride * dilation, dilation)]
-    return jnp.concatenate(seen, -1) @ kernel_WCO.reshape(W * C, O)
+    return _product(seen, kernel_WCO)
+
+
+def _product(seen: list[jax.Array], kernel_WCO: jax.Array) -> jax.Array:
+    """What the taps see, one after the other, times the kernel."""
+    return jnp.concatenate(seen, -1) @ kernel_WCO.reshape(-1, kernel_WCO.shape[-1])
 
 
 def conv_dilated(
@@ -118,7 +126,7 @@ def _dilated_as_product(
     x_BTC = jnp.pad(x_BTC, ((0, 0), (most, most), (0, 0)))
     steps = (jnp.arange(W) - W // 2) * jnp.array(dilations)[number] + most
     seen = [lax.dynamic_slice_in_dim(x_BTC, steps[i], T, axis=1) for i in range(W)]
-    return jnp.concatenate(seen, -1) @ p["weight"].reshape(-1, p["weight"].shape[-1]) + p["bias"]
+    return _product(seen, p["weight"]) + p["bias"]
 
 
 def silu(x: jax.Array) -> jax.Array:

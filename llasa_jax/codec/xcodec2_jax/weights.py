@@ -37,7 +37,10 @@ PARTS = {
     "decoder": ("quantizer.project_out.", "acoustic_decoder."),
 }
 _UNUSED = "semantic_encoder.masked_spec_embed"  # for training alone
-_STACK = re.compile(r"((?:semantic_encoder\.encoder|acoustic_decoder)\.layers)\.(\d+)\.(.+)")
+_STACK = re.compile(
+    r"(semantic_encoder\.encoder\.layers|acoustic_decoder\.(?:layers|prior_net|post_net))"
+    r"\.(\d+)\.(.+)"
+)
 
 
 class Tensors(Mapping):
