@@ -17,15 +17,11 @@ from llasa_jax.convert.names import check_names
 from llasa_jax.convert.safetensors_io import SafetensorsFolder
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
+from llasa_jax.model.llama import rope_frequencies
 from llasa_jax.runtime.files import new_file
-from llasa_jax.speech.vocab import SPEECH_GENERATION
+from llasa_jax.speech.vocab import LLAMA_3_WORDS, SPEECH_GENERATION
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-# Which words a text is cut into, before merges: llama.cpp knows Llama 3's way as "llama-bpe".
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def write_gguf(source: Path, out: Path, kind: Literal["f32", "f16", "bf16", "q8_0"]) -> None:
@@ -110,7 +106,7 @@ def _add_tokenizer(writer, source: Path, size: int) -> None:
     content = hf_files.read_json(path) if path.is_file() else {}
     before = content.get("pre_tokenizer") or {}
     patterns = [part.get("pattern", {}) for part in before.get("pretokenizers", [])]
-    if {"Regex": LLAMA_3} not in patterns or content.get("model", {}).get("type") != "BPE":
+    if {"Regex": LLAMA_3_WORDS} not in patterns or content.get("model", {}).get("type") != "BPE":
         raise UserError(
             f"{path}: not Llama 3's way to cut a text; llama.cpp would read texts otherwise"
         )
@@ -125,7 +121,7 @@ def _add_tokenizer(writer, source: Path, size: int) -> None:
         listed_tokens[number] = token
         types[number] = kinds[special[token]] if token in special else gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_tokenizer_pre("llama-bpe")  # llama.cpp's name of Llama 3's way to cut a text
     writer.add_token_list(listed_tokens)
     writer.add_token_types(types)
     writer.add_eot_token_id(tokens[SPEECH_GENERATION[1]])
@@ -143,14 +139,11 @@ def _llama_cpp_order(name: str, values: np.ndarray, config: ModelConfig) -> np.n
 
 
 def _rope_divisors(config: ModelConfig) -> np.ndarray | None:
-    """By what Llama 3's scaling divides each frequency, float32 (head_dim / 2,); None without it.
-    Slow ones are divided by the factor, quick ones by 1, and those between by what lies between.
-    """
-    scaling = config.rope_scaling
-    if scaling is None:
+    """By what Llama 3's scaling divides each frequency, float32 (head_dim / 2,), or None."""
+    if config.rope_scaling is None:
         return None
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    turns = scaling.original_max_position_embeddings / (2 * np.pi * config.rope_theta**exponents)
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
+    plain, scaled = (
+        rope_frequencies(config.head_dim, config.rope_theta, scaling)
+        for scaling in (None, config.rope_scaling)
+    )
+    return plain / scaled

@@ -5,7 +5,7 @@ demo and the tests.
 from collections.abc import Iterable
 from pathlib import Path
 
-from llasa_jax.speech.vocab import extend_tokenizer
+from llasa_jax.speech.vocab import LLAMA_3_WORDS, extend_tokenizer
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -15,11 +15,6 @@ SPECIAL_TOKENS = (
     "<|end_header_id|>",
     "<|eom_id|>",
     "<|eot_id|>",
-)
-# How Llama 3 cuts text into words before byte-pair merges.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Writes what Llama 3.2's own template writes for plain conversations: a dated system turn always,
 # contents trimmed.
@@ -60,7 +55,7 @@ def make_tiny_tokenizer(texts: Iterable[str] = SAMPLE_TEXT, extend: bool = True)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA_3_WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

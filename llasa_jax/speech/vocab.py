@@ -24,6 +24,12 @@ SPEECH_GENERATION = ("<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>")
 SPEECH_UNDERSTANDING = ("<|SPEECH_UNDERSTANDING_START|>", "<|SPEECH_UNDERSTANDING_END|>")
 MARKERS = TEXT_GENERATION + TEXT_UNDERSTANDING + SPEECH_GENERATION + SPEECH_UNDERSTANDING
 
+# How Llama 3 cuts text into words before byte-pair merges.
+LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def code_token(code: int) -> str:
     return f"<|s_{code}|>"
