@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llasa_jax.convert.gguf_file import TYPES, write_gguf
 from llasa_jax.errors import UserError, printable
-from llasa_jax.runtime.files import explain
+from llasa_jax.runtime.files import sentence_of
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     try:
         write_gguf(arguments.source, arguments.out, arguments.type)
     except (UserError, OSError) as error:
-        sentence = str(error) if isinstance(error, UserError) else explain(error, arguments.out)
-        print(f"{parser.prog}: error: {printable(str(sentence))}", file=sys.stderr)
+        print(
+            f"{parser.prog}: error: {printable(sentence_of(error, arguments.out))}", file=sys.stderr
+        )
         sys.exit(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llasa_jax.convert.pickles import pickle_to_safetensors
 from llasa_jax.errors import UserError, printable
-from llasa_jax.runtime.files import explain
+from llasa_jax.runtime.files import sentence_of
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,6 +20,5 @@ if __name__ == "__main__":
     try:
         pickle_to_safetensors(arguments.source, arguments.destination)
     except (UserError, OSError) as error:
-        sentence = str(error) if isinstance(error, UserError) else explain(error)
-        print(f"{parser.prog}: error: {printable(str(sentence))}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(sentence_of(error))}", file=sys.stderr)
         sys.exit(2)

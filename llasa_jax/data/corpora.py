@@ -19,7 +19,7 @@ from typing import TextIO
 
 from llasa_jax.data.manifest import Clip, numbered_lines, read_manifest, variants
 from llasa_jax.errors import UserError, first_line, printable
-from llasa_jax.runtime.files import explain, parse_json, read_text
+from llasa_jax.runtime.files import parse_json, read_text, sentence_of
 from llasa_jax.speech.audio import tar_member
 
 Line = dict[str, str]
@@ -46,8 +46,7 @@ def main(read: Reader, description: str | None, arguments: list[str] | None = No
         with out:
             written, left_out = write(read, folder, out)
     except (UserError, OSError) as error:
-        sentence = str(error) if isinstance(error, UserError) else explain(error, folder)
-        print(f"{parser.prog}: error: {printable(str(sentence))}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(sentence_of(error, folder))}", file=sys.stderr)
         return 2
     summary = f"{written} clips"
     if left_out:

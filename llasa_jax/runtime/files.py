@@ -77,6 +77,11 @@ def explain(error: BaseException, path: str | os.PathLike | None = None) -> str 
     return EXPLANATIONS[number].format(path=where)
 
 
+def sentence_of(error: BaseException, path: str | os.PathLike | None = None) -> str:
+    """What to tell the user of a `UserError`, its own sentence, or of an `OSError`: `explain`'s."""
+    return str(error) if isinstance(error, UserError) else str(explain(error, path))
+
+
 def is_full(error: BaseException) -> bool:
     """Whether an error or its cause is a full disk or quota. TensorStore and SQLite report it only
     in their text.

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from llasa_jax.errors import UserError, printable
 from llasa_jax.runtime.channel import LINGER, Channel
-from llasa_jax.runtime.files import explain
+from llasa_jax.runtime.files import explain, sentence_of
 
 if TYPE_CHECKING:
     from llasa_jax.runtime.signals import StopSignal
@@ -266,7 +266,7 @@ def _fail(channel: Channel, error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         text, status = "interrupted", 128 + signal.SIGINT
     elif known:
-        text, status = (str(error) if isinstance(error, UserError) else str(explain(error))), 2
+        text, status = sentence_of(error), 2
     else:
         text, status = f"{type(error).__name__}: {error}", 1
         traceback.print_exception(error)

@@ -7,7 +7,7 @@ import gradio as gr
 import pandas as pd
 
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.files import explain
+from llasa_jax.runtime.files import sentence_of
 from llasa_jax.serve.runs import NUMBERS, curve_of, numbers_of
 from llasa_jax.serve.work import LAYOUTS, SERVED, Job, Plan, Work
 
@@ -121,8 +121,7 @@ def _plainly(action: Callable) -> Callable:
         try:
             action(*asked)
         except (UserError, OSError) as error:
-            sentence = str(error) if isinstance(error, UserError) else explain(error)
-            raise gr.Error(str(sentence), print_exception=False) from None
+            raise gr.Error(sentence_of(error), print_exception=False) from None
 
     return run
 
