@@ -153,25 +153,27 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            rows = self.speaker.rows_for(self._sampling, self._settings, self.speaker.rows)
-            batch = Batch(rows)
+            batch = self._new_batch()
             while self._wait():
                 if self._next and not self._speaking:
                     self.speaker.use(self._next.params)
-                    rows = self.speaker.rows_for(self._sampling, self._settings, self.speaker.rows)
-                    batch = Batch(rows)
+                    batch = self._new_batch()
                     self._next.done.set()
                     self._next = None
                 try:
                     self._step(batch)
                 except UserError as error:  # scores that are not finite: of which row is not known
                     self._fail(error)
-                    batch = Batch(rows)
+                    batch = self._new_batch()
             self._fail(RuntimeError("the server is shutting down"))
         except BaseException as error:
             traceback.print_exc()
             self.failure = error
             self._fail(RuntimeError(f"the engine has failed ({first_line(error)})"))
+
+    def _new_batch(self) -> Batch:
+        speaker = self.speaker
+        return Batch(speaker.rows_for(self._sampling, self._settings, speaker.rows))
 
     def _wait(self) -> bool:
         """Waits until there is something to do. False once the engine is to end."""
