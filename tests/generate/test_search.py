@@ -80,12 +80,12 @@ def test_without_scorers_likelihood_and_a_natural_stop_decide(prompter, speaker)
     base, end = prompter.vocab.code_base, prompter.vocab.speech_end
     model = scripted_model(prompter.vocab, {base + RIGHT: 0.97, end: 0.03})
     ends = Speaker(*model, prompter, ShowingCodec())
-    lines, settings = ["dog"] * 6, SpeechSettings(max_seconds=0.5)
+    lines, settings = ["dog"] * 12, SpeechSettings(max_seconds=0.5)
     alone = [speech.stopped for _, speech in ends.say(lines, SAMPLING, settings)]
-    search = Search(SearchSettings(samples=8))
+    search = Search(SearchSettings(samples=16))
     chosen = [speech.stopped for _, speech in ends.say(lines, SAMPLING, settings, search)]
-    assert sum(alone) < 6
-    assert sum(chosen) == 6
+    assert sum(alone) < 12
+    assert sum(chosen) == 12
 
 
 def test_scorers_get_the_voice_and_the_first_one_decides(speaker):
