@@ -70,16 +70,14 @@ def check_buckets(settings: Settings) -> None:
     copies of what is read from buckets go.
     """
     keep_copies_in(settings.data.cache_dir)
-    if settings.out.startswith("s3://"):
-        raise UserError(
-            f"out={settings.out}: checkpoints are written to a folder of this machine or to gs://;"
-            " models, data, caches and exports may be in s3://"
-        )
     storage.check_writable(settings.out)
+    if settings.mesh.compiled != "off":
+        storage.check_writable(settings.mesh.compiled)
     online = [source for source in settings.sources if source.mode == "online"]
     if online and settings.data.online.cache:
         storage.check_writable(settings.data.online.cache)
     read = {"the model": [settings.model.path], "the adapter": [settings.lora.init]}
+    read["the recording"] = [settings.evaluate.reference] if settings.evaluate.every else []
     read["the dataset"] = [source.path for source in settings.sources]
     read["the codec"] = [settings.data.online.codec] if online else []
     read["the codec"] += (

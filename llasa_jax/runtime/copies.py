@@ -25,7 +25,14 @@ def cache_folder() -> Path:
 
 
 def keep_copies_in(folder: str) -> None:
-    """Makes `folder` the `cache_folder()` of this process and those that it starts; "" nothing."""
+    """Makes `folder` the `cache_folder()` of this process and those that it starts; "" nothing.
+    UserError for a bucket's.
+    """
+    if is_remote(folder):
+        raise UserError(
+            f"data.cache_dir={folder}: copies of what lies in buckets are kept on this machine;"
+            " name a folder of its disk"
+        )
     if folder:
         os.environ["LLASA_JAX_CACHE"] = os.path.abspath(os.path.expanduser(folder))
 

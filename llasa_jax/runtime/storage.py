@@ -348,7 +348,10 @@ def key_value_store(path: str | os.PathLike) -> dict[str, Any]:
             "path": inside,
             "context": {"gcs_request_retries": {"max_retries": 6, "max_delay": "8s"}},
         }
-    spec = {"driver": "s3", "bucket": bucket, "path": inside}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": inside}
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        # By itself it looks for files first, and complains on stderr of each that is not there.
+        spec["aws_credentials"] = {"type": "environment"}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
     return spec

@@ -43,6 +43,7 @@ from llasa_jax.runtime.faults import first_unreadable, is_passing
 from llasa_jax.runtime.files import explain, is_full
 from llasa_jax.runtime.library_path import library_path
 from llasa_jax.runtime.storage import absolute, is_remote
+from llasa_jax.train.orbax_on_s3 import let_orbax_use_s3
 from llasa_jax.train.places import gathered_places, old_places
 
 OPTIMIZER, DATA = "optimizer", "data"
@@ -94,6 +95,8 @@ class Checkpoints:
             if (value := self._about(step).get(best_by)) is not None
         }
         self._check_writable()
+        if str(self._folder).startswith("s3://"):
+            let_orbax_use_s3()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, create=True, cleanup_tmp_directories=True
         )

@@ -1,14 +1,21 @@
 """S3, by moto's server: what differs from Google's store."""
 
 import os
+import subprocess
+import sys
+import time
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from buckets import environment, served
-from tiny_run import make_model
+from places import FIXTURES
+from places import environment as of_devices
+from tiny_run import losses, make_model
 
-from llasa_jax.convert.model_folder import load_params
+from llasa_jax.convert.model_folder import load_params, saved_steps
 from llasa_jax.errors import UserError
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.runtime import files, storage
@@ -16,6 +23,8 @@ from llasa_jax.runtime.bucket_files import upload
 from llasa_jax.runtime.claims import Claim
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.storage import as_path
+from llasa_jax.train import orbax_on_s3
+from llasa_jax.train.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -65,4 +74,69 @@ def test_a_model_is_read_into_shards(s3, tmp_path):
     upload(model, f"{s3}/model", "model.json")
     mesh = make_mesh(2, 2, 2)
     ours, theirs = (load_params(where, mesh, "float32") for where in (model, f"{s3}/model"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_checkpoints(s3):
+    """Saved, pruned, one damaged and passed over, read again: by Orbax through TensorStore."""
+    run, mesh = as_path(f"{s3}/checkpoints-of-a-run"), make_mesh(1, 4, 2)
+    places = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+
+    def tree(step):
+        return {"a": jax.device_put(jnp.arange(32.0).reshape(8, 4) + step, places)}
+
+    def data():
+        stream = grain.MapDataset.range(100).to_iter_dataset().batch(2)
+        return iter(grain.experimental.ZipIterDataset([stream]))
+
+    order = data()
+    with Checkpoints(run, keep=2, clips=3) as checkpoints:
+        for step in range(1, 4):
+            next(order)
+            checkpoints.save(step, tree(step), tree(-step), order)
+    assert saved_steps(run) == [2, 3]
+    storage.write_bytes(f"{run}/checkpoints/3/about/metadata", b"{")
+    target = {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=places)}
+    again = data()
+    with (
+        Checkpoints(run, keep=2, clips=3) as checkpoints,
+        pytest.warns(UserWarning, match="checkpoint of step 3 is damaged and is passed over"),
+    ):
+        step, params, opt_state = checkpoints.restore(target, target, again)
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, (params, opt_state), (tree(2), tree(-2)))
+    np.testing.assert_array_equal(next(again), [[4, 5]])
+    assert saved_steps(run) == [2]
+    assert "damaged/3/about/metadata" in storage.entries(run)
+
+
+def test_another_version_of_orbax_is_refused(monkeypatch):
+    names = (*orbax_on_s3.NAMES, (orbax_on_s3.gcs_utils, "no_longer_there"))
+    monkeypatch.setattr(orbax_on_s3, "NAMES", names)
+    with pytest.raises(UserError, match="it has no no_longer_there.*install orbax-checkpoint 0.12"):
+        orbax_on_s3.let_orbax_use_s3.__wrapped__()
+
+
+@pytest.mark.soak
+def test_a_run_that_is_killed_as_it_saves_goes_on(s3, tmp_path):
+    model = make_model(tmp_path / "model")
+
+    def started(out):
+        command = [sys.executable, str(FIXTURES / "tiny_run.py"), str(model), str(out)]
+        return subprocess.Popen(command, env=of_devices(1))
+
+    assert started(tmp_path / "run").wait() == 0
+    run = f"{s3}/run-of-a-model"
+    with started(run) as process:
+        while not any(name.startswith("checkpoints/4/") for name in storage.entries(run)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert saved_steps(run) in ([2], [2, 4], [4])
+    assert started(run).wait() == 0
+    assert saved_steps(run) == [6]
+    lines = local_copy(run, lambda name: name == "metrics.jsonl")
+    assert losses(lines) == losses(tmp_path / "run")
+    mesh = make_mesh(2, 2, 2)
+    ours, theirs = (load_params(where, mesh, "float32") for where in (tmp_path / "run", run))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
