@@ -42,8 +42,8 @@ from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, nam
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.runtime.copies import local_copy
-from llasa_jax.runtime.files import new_folder
 from llasa_jax.runtime.storage import absolute, as_path
+from llasa_jax.runtime.writing import new_folder
 
 
 def export_hf(

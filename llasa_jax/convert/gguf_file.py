@@ -18,7 +18,7 @@ from llasa_jax.convert.safetensors_io import SafetensorsFolder
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.llama import rope_frequencies
-from llasa_jax.runtime.files import new_file
+from llasa_jax.runtime.writing import new_file
 from llasa_jax.speech.vocab import LLAMA_3_WORDS, SPEECH_GENERATION
 
 TYPES = ("f32", "f16", "bf16", "q8_0")

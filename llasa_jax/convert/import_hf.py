@@ -33,8 +33,8 @@ from llasa_jax.convert.params_io import ParamsWriter
 from llasa_jax.convert.safetensors_io import SafetensorsFolder, cast, fault, named_dtype
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig
-from llasa_jax.runtime.files import new_folder
 from llasa_jax.runtime.storage import as_path
+from llasa_jax.runtime.writing import new_folder
 from llasa_jax.speech.vocab import extend_tokenizer
 
 COMPARED_ROWS = 4096

@@ -48,8 +48,9 @@ from llasa_jax.model.lora import join, split
 from llasa_jax.model.quantize import Quantized, quantize_stack
 from llasa_jax.model.sharding import abstract_params
 from llasa_jax.runtime import storage
-from llasa_jax.runtime.files import read_json, write_whole
+from llasa_jax.runtime.files import read_json
 from llasa_jax.runtime.storage import as_path, is_remote
+from llasa_jax.runtime.writing import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

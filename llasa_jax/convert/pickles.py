@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from llasa_jax.convert.hf_files import copy_small_files, write_json
 from llasa_jax.convert.safetensors_io import INDEX
 from llasa_jax.errors import UserError, first_line
-from llasa_jax.runtime.files import new_folder, read_json
+from llasa_jax.runtime.files import read_json
+from llasa_jax.runtime.writing import new_folder
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llasa_jax.errors import UserError
 from llasa_jax.runtime import storage
-from llasa_jax.runtime.files import new_file
 from llasa_jax.runtime.storage import is_remote
+from llasa_jax.runtime.writing import new_file
 
 
 def reason_of(error: Exception) -> str:

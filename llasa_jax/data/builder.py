@@ -26,8 +26,9 @@ from tensorflow_datasets.core.utils.shard_utils import ShardConfig
 from llasa_jax.data.seal import SEAL, TEXTS, RecordDigest, check_new, read_seal
 from llasa_jax.errors import UserError, first_line
 from llasa_jax.runtime.copies import local_copy
-from llasa_jax.runtime.files import is_full, new_folder, read_json
+from llasa_jax.runtime.files import is_full, read_json
 from llasa_jax.runtime.storage import as_path
+from llasa_jax.runtime.writing import new_folder
 from llasa_jax.speech.vocab import NUM_CODES
 
 RECORDS_A_FILE = 8_000

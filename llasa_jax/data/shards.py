@@ -24,8 +24,9 @@ from llasa_jax.data.builder import LlasaSpeech, file_count, record_order, serial
 from llasa_jax.data.seal import SEAL, RecordDigest
 from llasa_jax.errors import UserError
 from llasa_jax.runtime import storage
-from llasa_jax.runtime.files import new_file, new_folder, read_json, write_whole
+from llasa_jax.runtime.files import read_json
 from llasa_jax.runtime.storage import is_remote, reaching
+from llasa_jax.runtime.writing import new_file, new_folder, write_whole
 
 
 @dataclass(frozen=True)

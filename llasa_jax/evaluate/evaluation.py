@@ -22,14 +22,8 @@ from llasa_jax.evaluate.results import CEILING, summarise
 from llasa_jax.evaluate.results_page import write_page
 from llasa_jax.evaluate.scorers import Scores, Scoring
 from llasa_jax.evaluate.texts import Item
-from llasa_jax.runtime.files import (
-    new_file,
-    parse_json,
-    read_json,
-    read_text,
-    take_lock,
-    write_whole,
-)
+from llasa_jax.runtime.files import parse_json, read_json, read_text
+from llasa_jax.runtime.writing import new_file, take_lock, write_whole
 from llasa_jax.speech.audio import read_audio, write_audio
 
 SETTINGS, ROWS, RESULTS, PAGE = "evaluation.json", "rows.jsonl", "results.json", "index.html"

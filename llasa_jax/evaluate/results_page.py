@@ -12,7 +12,7 @@ from markupsafe import Markup
 from llasa_jax.evaluate.results import CEILING, column
 from llasa_jax.evaluate.texts import Item
 from llasa_jax.pages import Card, pictures, render
-from llasa_jax.runtime.files import write_whole
+from llasa_jax.runtime.writing import write_whole
 from llasa_jax.speech.audio import read_audio
 
 WORST, LISTENED = 20, 8  # clips of the last checkpoint; texts that all checkpoints speak

@@ -21,15 +21,9 @@ from llasa_jax.data.manifest import numbered_lines
 from llasa_jax.errors import UserError, listed
 from llasa_jax.generate.decode import reading_seconds
 from llasa_jax.generate.speaker import Line, Speech
-from llasa_jax.runtime.files import (
-    folder_digest,
-    new_file,
-    parse_json,
-    read_json,
-    take_lock,
-    write_whole,
-)
+from llasa_jax.runtime.files import folder_digest, parse_json, read_json
 from llasa_jax.runtime.storage import as_path, check_writable, is_remote
+from llasa_jax.runtime.writing import new_file, take_lock, write_whole
 from llasa_jax.speech.audio import SAMPLE_RATE, write_audio
 
 # Speaks lines: `Speaker.say` with its settings.

@@ -19,8 +19,9 @@ from llasa_jax.inspect.scan import Scan, check_sample, repeated_codes, scan, sus
 from llasa_jax.pages import Card, pictures, render
 from llasa_jax.pages.pictures import number, span
 from llasa_jax.runtime import storage
-from llasa_jax.runtime.files import explain, parse_json, read_text, write_whole
+from llasa_jax.runtime.files import explain, parse_json, read_text
 from llasa_jax.runtime.storage import absolute, as_path
+from llasa_jax.runtime.writing import write_whole
 from llasa_jax.speech.prompts import Prompter, Utterance
 from llasa_jax.speech.vocab import CODES_PER_SECOND, NUM_CODES
 

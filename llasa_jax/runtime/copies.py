@@ -14,8 +14,8 @@ from llasa_jax.errors import UserError
 from llasa_jax.runtime import storage
 from llasa_jax.runtime.bucket_files import THREADS
 from llasa_jax.runtime.claims import CLAIMS
-from llasa_jax.runtime.files import new_folder, take_lock
 from llasa_jax.runtime.storage import Entry, file_system, is_remote, reaching
+from llasa_jax.runtime.writing import new_folder, take_lock
 
 
 def cache_folder() -> Path:

@@ -26,7 +26,8 @@ from llasa_jax.convert.hf_files import CONFIG
 from llasa_jax.convert.model_folder import MODEL_FILE
 from llasa_jax.data import corpora
 from llasa_jax.errors import UserError, printable
-from llasa_jax.runtime.files import explain, new_file, write_whole
+from llasa_jax.runtime.files import explain
+from llasa_jax.runtime.writing import new_file, write_whole
 
 MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
 # What a folder of audio may be laid out as; without a reader it has a manifest already.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.files import write_whole
+from llasa_jax.runtime.writing import write_whole
 from llasa_jax.train.settings import LogSettings
 
 

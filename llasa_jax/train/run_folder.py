@@ -19,9 +19,10 @@ from llasa_jax.errors import UserError
 from llasa_jax.model.config import AdapterConfig
 from llasa_jax.runtime.bucket_files import Mirror, working_folder
 from llasa_jax.runtime.claims import CLAIMS, Claim
-from llasa_jax.runtime.files import explain, is_partial, read_yaml, take_lock, write_whole
+from llasa_jax.runtime.files import explain, read_yaml
 from llasa_jax.runtime.settings import may_change
 from llasa_jax.runtime.storage import absolute, as_path, is_remote, reaching
+from llasa_jax.runtime.writing import is_partial, take_lock, write_whole
 from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.train.settings import Settings
 

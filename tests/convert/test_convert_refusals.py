@@ -24,7 +24,7 @@ from llasa_jax.convert.safetensors_io import INDEX, SINGLE, SafetensorsWriter, p
 from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer
 from llasa_jax.errors import UserError
 from llasa_jax.model.config import ModelConfig, RopeScaling
-from llasa_jax.runtime.files import new_folder
+from llasa_jax.runtime.writing import new_folder
 
 V4 = {
     "model_type": "llama",
@@ -414,7 +414,7 @@ def test_disk_full_half_way(hf, tmp_path, monkeypatch, what):
 
 def test_what_a_killed_import_left_is_removed(tmp_path):
     def another_process(ends: str) -> int:
-        imports = "import os, pathlib; from llasa_jax.runtime.files import new_folder"
+        imports = "import os, pathlib; from llasa_jax.runtime.writing import new_folder"
         return subprocess.run(
             [
                 sys.executable,
@@ -448,7 +448,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
 
 def test_disk_too_small_is_told_before_anything_is_written(hf, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "llasa_jax.runtime.files.shutil.disk_usage",
+        "llasa_jax.runtime.writing.shutil.disk_usage",
         lambda _: shutil._ntuple_diskusage(10, 10, 0),
     )
     refuses(hf, "0 MB free and .* are needed")

@@ -13,17 +13,8 @@ import pytest
 import yaml
 
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.files import (
-    explain,
-    is_full,
-    is_partial,
-    new_file,
-    parse_json,
-    read_json,
-    read_text,
-    read_yaml,
-    write_whole,
-)
+from llasa_jax.runtime.files import explain, is_full, parse_json, read_json, read_text, read_yaml
+from llasa_jax.runtime.writing import is_partial, new_file, write_whole
 
 DAMAGE = {
     "cut short": b'{"a": [1, 2',
@@ -178,7 +169,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path):
     path = tmp_path / "[x].yaml"
     program = (
-        "import os, pathlib; from llasa_jax.runtime.files import new_file\n"
+        "import os, pathlib; from llasa_jax.runtime.writing import new_file\n"
         f"with new_file(pathlib.Path({str(path)!r})): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == -9

@@ -11,7 +11,7 @@ import pytest
 from buckets import faults
 
 from llasa_jax.errors import UserError
-from llasa_jax.runtime import bucket_files, claims, files, storage
+from llasa_jax.runtime import bucket_files, claims, files, storage, writing
 from llasa_jax.runtime.bucket_files import Mirror
 from llasa_jax.runtime.claims import Claim
 from llasa_jax.runtime.copies import keep_copies_in, local_copy
@@ -21,7 +21,7 @@ from llasa_jax.runtime.storage import as_path
 def test_a_path_in_a_bucket_has_pathlibs_methods(bucket):
     path = as_path(bucket) / "folder" / "name.txt"
     assert not path.exists()
-    files.write_whole(path, "text")
+    writing.write_whole(path, "text")
     assert path.is_file()
     assert path.parent.is_dir()
     assert str(path) == f"{bucket}/folder/name.txt"
@@ -76,7 +76,7 @@ def test_a_new_folder_appears_whole(bucket):
     folder = as_path(bucket) / "model"
 
     def write(end):
-        with files.new_folder(folder, last="model.json") as partial:
+        with writing.new_folder(folder, last="model.json") as partial:
             (partial / "model.json").write_text("{}")
             (partial / "params").mkdir()
             (partial / "params" / "x").write_bytes(b"12")
@@ -102,7 +102,7 @@ def test_somebody_elses_files_are_no_rubbish(bucket):
     storage.write_bytes(f"{bucket}/a/notes.txt", b"mine")
     with (
         pytest.raises(UserError, match="already exists and is not empty"),
-        files.new_folder(as_path(f"{bucket}/a"), last="model.json"),
+        writing.new_folder(as_path(f"{bucket}/a"), last="model.json"),
     ):
         pass
     assert storage.read_bytes(f"{bucket}/a/notes.txt") == b"mine"

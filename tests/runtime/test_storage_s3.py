@@ -18,7 +18,7 @@ from tiny_run import losses, make_model
 from llasa_jax.convert.model_folder import load_params, saved_steps
 from llasa_jax.errors import UserError
 from llasa_jax.model.sharding import make_mesh
-from llasa_jax.runtime import files, storage
+from llasa_jax.runtime import files, storage, writing
 from llasa_jax.runtime.bucket_files import upload
 from llasa_jax.runtime.claims import Claim
 from llasa_jax.runtime.copies import local_copy
@@ -42,13 +42,13 @@ def s3(tmp_path_factory):
 
 def test_files_folders_and_claims(s3):
     path = as_path(s3) / "a" / "name.txt"
-    files.write_whole(path, "text")
+    writing.write_whole(path, "text")
     assert files.read_text(path, "the text") == "text"
     assert [each.name for each in path.parent.iterdir()] == ["name.txt"]
     assert storage.create(f"{s3}/a/once", b"1")
     assert not storage.create(f"{s3}/a/once", b"2")
     assert storage.read_bytes(f"{s3}/a/once") == b"1"
-    with files.new_folder(as_path(f"{s3}/new"), last="model.json") as partial:
+    with writing.new_folder(as_path(f"{s3}/new"), last="model.json") as partial:
         (partial / "model.json").write_text("{}")
         (partial / "x").write_bytes(b"1")
     assert sorted(storage.entries(f"{s3}/new")) == ["model.json", "x"]
