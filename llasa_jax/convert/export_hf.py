@@ -1,7 +1,9 @@
 """`llasa-jax export-hf`: a model's or a run's folder becomes an HF checkpoint, piece by piece."""
 
+import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -41,8 +43,9 @@ from llasa_jax.convert.peft_adapter import base_name, open_adapter, write_adapte
 from llasa_jax.convert.safetensors_io import SafetensorsWriter, cast, fault, named_dtype, parse_size
 from llasa_jax.convert.verify import verify as verify_logits
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime.bucket_files import put_early
 from llasa_jax.runtime.copies import local_copy
-from llasa_jax.runtime.storage import absolute, as_path
+from llasa_jax.runtime.storage import absolute, as_path, is_remote
 from llasa_jax.runtime.writing import new_folder
 
 
@@ -105,23 +108,38 @@ def export_hf(
         untied, config = merged.config != config, merged.config
     else:
         reader, untied = model.reader(step), False
-    names = {(place.path, place.layer): name for name, place in places(config).items()}
-    shapes = {name: place.shape for name, place in places(config).items()}
+    table = places(config)
+    names = {(place.path, place.layer): name for name, place in table.items()}
+    shapes = {name: place.shape for name, place in table.items()}
     dtypes = {name: _dtype_of(path, dtype, origin, reader) for (path, _), name in names.items()}
-    needs = sum(int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items())
-    limit = parse_size(max_shard_size)
+    sizes = [int(np.prod(shape)) * dtypes[name].itemsize for name, shape in shapes.items()]
+    needs, limit = sum(sizes), parse_size(max_shard_size)
+    early = is_remote(destination) and not verify
+    if early:  # each worker may be putting a file up while the next one is begun
+        needs = min(needs, (WORKERS + 1) * max(limit, *sizes))
+
+    def put(file: Path) -> None:
+        put_early(file, destination)
+
     with new_folder(destination, needs, last=CONFIG) as partial:
-        writer = SafetensorsWriter(partial, shapes, dtypes, limit)
+        writer = SafetensorsWriter(partial, shapes, dtypes, limit, finished=put if early else None)
         with (
             writer,
             ThreadPoolExecutor(WORKERS) as pool,
             tqdm(total=len(names), desc="exporting", unit="tensor", disable=None) as bar,
         ):
+            parameters = {
+                path: _Parameter(reader, path, names, shapes, dtypes, writer)
+                for path in reader.dtypes
+            }
 
-            def convert(path: str) -> dict[str, str]:
-                return _export_parameter(reader, path, names, shapes, dtypes, writer, bar)
+            def convert(name: str) -> dict[str, str]:
+                faults = parameters[table[name].path].write_tensor()
+                bar.update()
+                return faults
 
-            for faults in pool.map(convert, reader.dtypes):
+            # In the order of the files: few are begun and not whole.
+            for faults in pool.map(convert, table):
                 for name, kind in faults.items():
                     warnings.warn(
                         f"{where}: {name} contains {kind} as {dtypes[name]}; use another checkpoint"
@@ -159,38 +177,60 @@ def _dtype_of(path: str, dtype: str | None, origin: dict, reader: Reader) -> np.
     return named_dtype(dtype or origin.get("other_dtypes", {}).get(path, origin["dtype"]))
 
 
-def _export_parameter(
-    reader: Reader,
-    path: str,
-    names: dict[tuple[str, int | None], str],
-    shapes: dict[str, tuple[int, ...]],
-    dtypes: dict[str, np.dtype],
-    writer: SafetensorsWriter,
-    bar: tqdm,
-) -> dict[str, str]:
-    """Copies one parameter, as one HF tensor or one a layer, and tells which of them have a fault
-    and which.
+class _Parameter:
+    """One of our parameters on its way into HF tensors: one, or one a layer. Pieces are read as
+    they are wanted, by one thread at a time.
     """
-    faults: dict[str, str] = {}
-    stacked = path.startswith("layers.")
-    for start, piece in reader.pieces(path):
-        tensors = (
-            [(names[path, start + i], 0, layer) for i, layer in enumerate(piece)]
-            if stacked
-            else [(names[path, None], start, piece)]
+
+    def __init__(
+        self,
+        reader: Reader,
+        path: str,
+        names: dict[tuple[str, int | None], str],
+        shapes: dict[str, tuple[int, ...]],
+        dtypes: dict[str, np.dtype],
+        writer: SafetensorsWriter,
+    ):
+        self._names = {layer: name for (other, layer), name in names.items() if other == path}
+        self._shapes, self._dtypes, self._writer = shapes, dtypes, writer
+        self._parts, self._lock = self._split(reader.pieces(path)), threading.Lock()
+
+    def write_tensor(self) -> dict[str, str]:
+        """Writes the next layer's tensor, or the only one, and tells whether it has a fault and
+        which. UserError at the end where the parameter is damaged.
+        """
+        faults: dict[str, str] = {}
+        with self._lock:
+            for layer, first, rows in self._parts:
+                name = self._names[layer]
+                if kind := self._write(name, first, rows):
+                    faults.setdefault(name, kind)
+                # After the last layer comes the comparison of checksums.
+                if layer is not None and layer + 1 < len(self._names):
+                    break
+        return faults
+
+    def _split(
+        self, pieces: Iterator[tuple[int, np.ndarray]]
+    ) -> Iterator[tuple[int | None, int, np.ndarray]]:
+        """(The layer, the first row, the rows). Holds no piece that is with the caller."""
+        for start, piece in pieces:
+            parts = [piece] if None in self._names else [*piece]
+            del piece
+            for layer in range(start, start + len(parts)):
+                where = (None, start) if None in self._names else (layer, 0)
+                yield *where, parts.pop(0)
+
+    def _write(self, name: str, first: int, rows: np.ndarray) -> str:
+        shape = self._shapes[name]
+        rows = cast(
+            # Nothing of a piece that lies wholly in the padding, below the tensor's last row.
+            rows.reshape(-1, *shape[1:])[: max(0, shape[0] - first)],
+            self._dtypes[name],
         )
-        for name, first, rows in tensors:
-            rows = cast(
-                # Nothing of a piece that lies wholly in the padding, below the tensor's last row.
-                rows.reshape(-1, *shapes[name][1:])[: max(0, shapes[name][0] - first)],
-                dtypes[name],
-            )
-            faults[name] = faults.get(name) or fault(rows)
-            if len(rows):
-                writer.write(name, rows, first)
-        bar.update(len(tensors) if stacked else 0)
-    bar.update(not stacked)
-    return {name: kind for name, kind in faults.items() if kind}
+        if len(rows):
+            self._writer.write(name, rows, first)
+        return fault(rows)
 
 
 def _export_adapter(

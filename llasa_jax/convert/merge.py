@@ -35,8 +35,12 @@ class MergedReader:
 
     def pieces(self, path: str) -> Iterator[tuple[int, np.ndarray]]:
         """As `Reader.pieces`."""
-        for start, piece in self._base.pieces(self._source(path)):
-            yield start, merged(path, piece, start, self._adapter)
+
+        def fold(found: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
+            start, piece = found
+            return start, merged(path, piece, start, self._adapter)
+
+        return map(fold, self._base.pieces(self._source(path)))
 
 
 def merged_reader(

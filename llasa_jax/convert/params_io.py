@@ -225,9 +225,10 @@ class ParamsReader:
         sums, ahead = Sums(path), next(reads)
         for start in starts:
             current, ahead = ahead, next(reads, ahead)
-            piece = self._result(path, current)
-            sums.add(start, piece)
-            yield start, piece
+            pieces = [self._result(path, current)]
+            del current
+            sums.add(start, pieces[0])
+            yield start, pieces.pop()  # nothing here holds it while the caller is elsewhere
         compare({path: sums.sums}, self._expected, self.where)
 
     def onto(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:

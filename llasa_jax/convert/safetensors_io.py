@@ -12,7 +12,8 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,7 +239,9 @@ class SafetensorsWriter:
     most `max_shard_size` bytes.
 
     File names and index are HF's, `single` is that of one file alone. A tensor larger than the
-    limit gets a file of its own. A context manager, which closes the files.
+    limit gets a file of its own. Room is made for all files at once, unless `finished` takes each
+    when it is whole: then for one when its first bytes come. A context manager, which closes the
+    files.
     """
 
     def __init__(
@@ -248,7 +251,9 @@ class SafetensorsWriter:
         dtypes: dict[str, np.dtype],
         max_shard_size: int,
         single: str = SINGLE,
+        finished: Callable[[Path], None] | None = None,
     ):
+        self._finished, self._lock = finished, threading.Lock()
         sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
         shards: list[list[str]] = [[]]
         room = max_shard_size
@@ -259,7 +264,9 @@ class SafetensorsWriter:
             shards[-1].append(name)
             room -= size
         self._tensors: dict[str, Tensor] = {}
-        self._files = {}
+        self._files: dict[Path, DirectFile] = {}
+        self._headers: dict[Path, bytes] = {}
+        self._left: dict[Path, int] = {}  # bytes of tensors that are not written yet
         for number, members in enumerate(shards, 1):
             header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
             at = 0
@@ -275,8 +282,10 @@ class SafetensorsWriter:
             path = Path(folder) / (
                 single if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             )
-            self._files[path] = DirectFile(path, 8 + len(text) + at)
-            self._files[path].write(0, len(text).to_bytes(8, "little") + text)
+            self._headers[path] = len(text).to_bytes(8, "little") + text
+            self._left[path] = at
+            if finished is None:
+                self._open(path)
             for name in members:
                 self._tensors[name] = Tensor(
                     path,
@@ -297,8 +306,8 @@ class SafetensorsWriter:
             (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, rows: np.ndarray, start: int = 0) -> None:
-        """Writes `rows`, of the tensor's own dtype, from row `start` on; threads may do so at once.
-        OSError where the disk is full.
+        """Writes `rows`, of the tensor's own dtype, from row `start` on, each row once; threads may
+        do so at once. OSError where the disk is full.
         """
         tensor = self._tensors[name]
         row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
@@ -309,7 +318,21 @@ class SafetensorsWriter:
         ):
             # Beyond its end lies the next tensor.
             raise ValueError(f"{rows.shape} of {rows.dtype} at row {start} do not fit {name}")
-        self._files[tensor.file].write(tensor.offset + start * row_bytes, rows)
+        with self._lock:
+            file = self._files.get(tensor.file) or self._open(tensor.file)
+        file.write(tensor.offset + start * row_bytes, rows)
+        with self._lock:
+            self._left[tensor.file] -= rows.nbytes
+            if self._finished is None or self._left[tensor.file]:
+                return
+            self._files.pop(tensor.file).close()
+        self._finished(tensor.file)
+
+    def _open(self, path: Path) -> DirectFile:
+        file = DirectFile(path, len(self._headers[path]) + self._left[path])
+        self._files[path] = file
+        file.write(0, self._headers[path])
+        return file
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

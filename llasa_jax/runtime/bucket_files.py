@@ -31,7 +31,8 @@ SYNC_SECONDS = 30.0  # between two looks at files that grow
 @contextmanager
 def new_bucket_folder(destination: Path, needs: int, last: str) -> Iterator[Path]:
     """Gives a folder on this machine to fill, and puts its files up at the end, `last` as the last:
-    readers take the folder for whole when that is there.
+    readers take the folder for whole when that is there. Large ones may go before (`put_early`). On
+    any failure nothing is left there.
 
     UserError where something lies there already (what a killed process has left is removed), where
     another process writes it, where it cannot be written, and where this machine has no room.
@@ -49,12 +50,31 @@ def new_bucket_folder(destination: Path, needs: int, last: str) -> Iterator[Path
                 f" this machine before they go to {destination}; make room, or set TMPDIR to a"
                 " larger disk"
             )
-        yield Path(scratch)
-        for name in storage.entries(destination):  # of a process that was killed
-            if not name.startswith(CLAIMS):
-                storage.remove(f"{destination}/{name}")
-        claim.check()
-        upload(Path(scratch), destination, last)
+        _clear(destination)  # of a process that was killed
+        try:
+            yield Path(scratch)
+            claim.check()
+            upload(Path(scratch), destination, last)
+        except BaseException:
+            with contextlib.suppress(UserError):
+                claim.check()  # or it is another's now
+                _clear(destination)
+            raise
+
+
+def _clear(destination: Path) -> None:
+    for name in storage.entries(destination):
+        if not name.startswith(CLAIMS):
+            storage.remove(f"{destination}/{name}")
+
+
+def put_early(file: Path, destination: str | os.PathLike) -> None:
+    """Puts up a file of a folder that `new_bucket_folder` has given, and removes it from this
+    machine: for one that nobody needs here any more.
+    """
+    with reaching(destination):
+        file_system(destination).put_file(str(file), f"{destination}/{file.name}")
+    file.unlink()
 
 
 def _check_free(destination: Path, last: str) -> None:

@@ -11,9 +11,10 @@ from llasa_jax.convert.export_hf import export_hf
 from llasa_jax.convert.import_hf import import_hf
 from llasa_jax.convert.made import MADE_FROM
 from llasa_jax.convert.model_folder import load_params, load_tokenizer, open_model
+from llasa_jax.convert.params_io import WORKERS
 from llasa_jax.errors import UserError
 from llasa_jax.model.sharding import make_mesh
-from llasa_jax.runtime import claims, storage
+from llasa_jax.runtime import bucket_files, claims, storage
 from llasa_jax.runtime.bucket_files import upload
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.storage import as_path
@@ -64,6 +65,35 @@ def test_from_a_bucket_to_a_bucket_and_back(bucket, hf, tmp_path):
     export_hf(as_path(f"{bucket}/model"), tmp_path / "release")
     assert files_of(local_copy(f"{bucket}/release")) == files_of(tmp_path / "release")
     assert "model.safetensors" in storage.entries(f"{bucket}/release")
+
+
+def test_files_of_a_release_go_up_as_they_are_whole(bucket, hf, tmp_path, monkeypatch):
+    """The disk here holds no more than some files of the release at a time."""
+    import_hf(hf, tmp_path / "model")
+    at_once, put_early = [], bucket_files.put_early
+
+    def watched(file, destination):
+        at_once.append(len([*file.parent.glob("*.safetensors")]))
+        put_early(file, destination)
+
+    monkeypatch.setattr("llasa_jax.convert.export_hf.put_early", watched)
+    options = {"max_shard_size": "8KB", "dtype": "float16"}
+    export_hf(tmp_path / "model", as_path(f"{bucket}/release"), **options)
+    export_hf(tmp_path / "model", tmp_path / "release", **options)
+    made = files_of(tmp_path / "release")
+    assert files_of(local_copy(f"{bucket}/release")) == made
+    files = [name for name in made if name.endswith(".safetensors")]
+    assert len(at_once) == len(files) > WORKERS + 2
+    assert max(at_once) <= WORKERS + 1
+
+    # One that fails leaves nothing, so that the same command can be given again.
+    def fails(source, *_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("llasa_jax.convert.export_hf.copy_small_files", fails)
+    with pytest.raises(UserError, match="the disk is full"):
+        export_hf(tmp_path / "model", as_path(f"{bucket}/another"), **options)
+    assert storage.entries(f"{bucket}/another") == {}
 
 
 def test_what_is_wrong_in_a_bucket_is_told(bucket, hf, capsys):
