@@ -44,7 +44,8 @@ from llasa_jax.model.sharding import make_mesh
 from llasa_jax.plan.plan import MODELS
 from llasa_jax.runtime.hardware import device_of_kind
 from llasa_jax.train.optimizer import make_optimizer
-from llasa_jax.train.settings import OptimizerSettings, parse_settings
+from llasa_jax.train.parsing import parse_settings
+from llasa_jax.train.settings import OptimizerSettings
 from llasa_jax.train.step import TrainStep
 
 VOCAB, CODE_BASE, LENGTH = 193_800, 128_264, 2048

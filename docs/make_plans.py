@@ -17,7 +17,7 @@ import jax
 from llasa_jax.plan.plan import MODELS, Plan, plan, with_dataset
 from llasa_jax.plan.plan import TOKENS_PER_CODE as TOKENS
 from llasa_jax.speech.vocab import CODES_PER_SECOND
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HOURS = 24

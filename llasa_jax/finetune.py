@@ -12,6 +12,7 @@ from typing import Any
 from llasa_jax.convert.model_folder import check_base, load_tokenizer, open_model, saved_steps
 from llasa_jax.convert.peft_adapter import open_adapter
 from llasa_jax.data.builder import dataset_fingerprint
+from llasa_jax.data.records import pairs_of
 from llasa_jax.data.seal import SEAL
 from llasa_jax.encode.devices import share_gpu
 from llasa_jax.encode.mixture import codec_of, open_sources
@@ -57,6 +58,8 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
         # Checks: what the hosts see, what the data says, what model, mesh and data say together.
         compare_hosts(settings, records)
         examine_before_training(settings, (records, validation))
+        if settings.align.loss == "dpo":
+            records = [*pairs_of(records)]
         job = prepare.prepare(settings, records, validation)
         # The codec of online training, and the readers of its audio.
         encoder = open_encoder(settings.data.online, records, validation, out=settings.out)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llasa_jax import cli
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

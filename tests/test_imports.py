@@ -11,6 +11,7 @@ FLOORS = (
     "finetune",
     "inspect plan",
     "train",
+    "align",
     "evaluate",
     "generate encode",
     "convert data",

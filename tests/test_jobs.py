@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llasa_jax import cli
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "docs" / "jobs"

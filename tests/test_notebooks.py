@@ -37,7 +37,7 @@ def test_they_differ_in_what_they_install_and_set_alone():
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_settings_of_colab(monkeypatch, gpu):
-    from llasa_jax.train.settings import parse_settings
+    from llasa_jax.train.parsing import parse_settings
 
     monkeypatch.chdir(ROOT)
     for name in ("MODEL", "CODEC", "MANIFEST", "WORK", "CONFIG", "DEVICE", "MORE"):

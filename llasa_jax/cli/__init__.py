@@ -11,14 +11,14 @@ import sys
 import warnings
 
 from llasa_jax import __version__
-from llasa_jax.cli import data, evaluate, inspect, model, plan, serve, speak, train
+from llasa_jax.cli import data, evaluate, inspect, model, plan, prefer, serve, speak, train
 from llasa_jax.cli.arguments import Parser
 from llasa_jax.errors import UserError, printable
 from llasa_jax.runtime.files import explain
 from llasa_jax.runtime.signals import leave
 
 # In the order in which a voice is made, which is the order of `llasa-jax --help`.
-GROUPS = (model, data, inspect, plan, train, speak, serve, evaluate)
+GROUPS = (model, data, inspect, plan, train, speak, serve, evaluate, prefer)
 
 
 def new_parser() -> argparse.ArgumentParser:

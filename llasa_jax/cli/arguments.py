@@ -59,7 +59,7 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
 def settings_of(args):
     """The `Settings` of a command with `--config` and settings of `train`."""
     from llasa_jax.runtime.copies import keep_copies_in
-    from llasa_jax.train.settings import parse_settings
+    from llasa_jax.train.parsing import parse_settings
 
     settings = parse_settings([*(f"--config={config}" for config in args.config), *args.settings])
     keep_copies_in(settings.data.cache_dir)

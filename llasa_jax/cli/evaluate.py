@@ -51,6 +51,29 @@ def add_commands(commands) -> None:
         "Speak a list of texts with a model or a run's checkpoints, score what they say, and write"
         " a page to read and to listen. The same command goes on where it was ended.",
     )
+    add_texts(parser)
+    parser.add_argument("--out", type=Path, required=True, help="the evaluation's folder")
+    parser.add_argument(
+        "--steps",
+        default="",
+        help="which of a run's checkpoints: all, or steps such as 100,200; the latest if not given",
+    )
+    add_scorers(parser)
+    add_codec(parser)
+    add_device(parser)
+    parser.add_argument("--temperature", type=number(float, low=0, high=1e3), default=0.8)
+    parser.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
+    parser.add_argument("--repetition-penalty", type=number(float, above=0, high=100), default=1.0)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument(
+        "--rows", type=number(int, low=1, high=1024), default=8, help="texts spoken at once"
+    )
+    add_base(parser)
+
+
+def add_texts(parser) -> None:
+    """The model, and the texts that it speaks."""
     parser.add_argument(
         "model",
         type=as_path,
@@ -63,12 +86,10 @@ def add_commands(commands) -> None:
         help="a .txt file with a text per line, a .jsonl file, a .lst file as Seed-TTS-eval's, or"
         " DATASET:SPLIT",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the evaluation's folder")
-    parser.add_argument(
-        "--steps",
-        default="",
-        help="which of a run's checkpoints: all, or steps such as 100,200; the latest if not given",
-    )
+
+
+def add_scorers(parser) -> None:
+    """What measures the speech, and what it should know of the texts."""
     parser.add_argument(
         "--scorer",
         action="append",
@@ -94,14 +115,3 @@ def add_commands(commands) -> None:
         default=0,
         help="speak the first so many texts; 0 is all",
     )
-    add_codec(parser)
-    add_device(parser)
-    parser.add_argument("--temperature", type=number(float, low=0, high=1e3), default=0.8)
-    parser.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0)
-    parser.add_argument("--repetition-penalty", type=number(float, above=0, high=100), default=1.0)
-    parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument(
-        "--rows", type=number(int, low=1, high=1024), default=8, help="texts spoken at once"
-    )
-    add_base(parser)

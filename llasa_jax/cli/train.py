@@ -23,7 +23,7 @@ def train(args) -> int:
     with CommandSignal() as stop:
         # Imported only now: these take seconds, in which a signal must end the process at once.
         from llasa_jax.finetune import finetune
-        from llasa_jax.train.settings import parse_settings
+        from llasa_jax.train.parsing import parse_settings
 
         try:
             settings = parse_settings(args.settings)

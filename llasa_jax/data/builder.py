@@ -2,6 +2,10 @@
 
 An example is a dict of `id`, `text`, `speaker`, `description`, `language` (str) and `codes` (uint16
 array (frames,)). metadata.json says which codec made the codes, seal.json which records they are.
+
+An example of a pair has besides: `worse`, the codes of a worse speech of the text; `prompt`, how
+many codes at the start of both are a voice to clone; `stopped`, whether the model ended them by
+itself, the better and the worse; and `scores`, a text. Read as an utterance it is the better one.
 """
 
 import contextlib
@@ -33,6 +37,7 @@ from llasa_jax.speech.vocab import NUM_CODES
 
 RECORDS_A_FILE = 8_000
 FEW, FEW_FILES = 1_000, 64  # small datasets are cut finer, for several devices to encode them
+PAIR = ("worse", "prompt", "stopped", "scores")  # what a pair has besides an utterance
 MOST_FILES = 512  # each stays open, and 1,024 open files is a usual limit
 
 
@@ -42,8 +47,22 @@ def file_count(records: int) -> int:
     return max(1, few, min(records // RECORDS_A_FILE, MOST_FILES))
 
 
+def _features(pairs: bool) -> tfds.features.FeaturesDict:
+    codes = tfds.features.Tensor(shape=(None,), dtype=np.uint16)
+    texts = dict.fromkeys(TEXTS, tfds.features.Text())
+    of_pairs = {
+        "worse": codes,
+        "prompt": tfds.features.Scalar(np.int64),
+        "stopped": tfds.features.Tensor(shape=(2,), dtype=np.bool_),
+        "scores": tfds.features.Text(),
+    }
+    return tfds.features.FeaturesDict(texts | {"codes": codes} | (of_pairs if pairs else {}))
+
+
 class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
-    """Utterances as text and XCodec2 codes; `splits` and `metadata` as in `write_dataset`."""
+    """Utterances as text and XCodec2 codes, or with `pairs` two of each text; `splits` and
+    `metadata` as in `write_dataset`.
+    """
 
     name = "llasa_speech"
     code_path = Path(
@@ -52,24 +71,17 @@ class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "id, text, codes, speaker, description, language."}
 
-    def __init__(self, splits: dict[str, Iterable[dict]], metadata: dict, **kwargs):
-        self._splits, self._metadata = splits, metadata
+    def __init__(
+        self, splits: dict[str, Iterable[dict]], metadata: dict, pairs: bool = False, **kwargs
+    ):
+        self._splits, self._metadata, self._pairs = splits, metadata, pairs
         super().__init__(**kwargs)
 
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Utterances as text and XCodec2 codes, for Llasa.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "text": tfds.features.Text(),
-                    "codes": tfds.features.Tensor(shape=(None,), dtype=np.uint16),
-                    "speaker": tfds.features.Text(),
-                    "description": tfds.features.Text(),
-                    "language": tfds.features.Text(),
-                }
-            ),
+            features=_features(self._pairs),
             metadata=tfds.core.MetadataDict(self._metadata),
         )
 
@@ -81,14 +93,11 @@ class LlasaSpeech(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, examples):
         for example in examples:
             try:
-                yield (
-                    example["id"],
-                    {
-                        **example,
-                        "text": checked_text(example["text"]),
-                        "codes": checked_codes(example["codes"]),
-                    },
-                )
+                codes = {
+                    name: checked_codes(example[name])
+                    for name in ("codes", "worse")[: 1 + self._pairs]
+                }
+                yield example["id"], {**example, "text": checked_text(example["text"]), **codes}
             except ValueError as error:
                 raise UserError(
                     f"the record {example['id']!r} has {error}; fix it or leave it out."
@@ -125,16 +134,17 @@ def write_dataset(
     metadata: dict,
     made_from: str = "",
     summary: Callable[[], dict] = dict,
+    pairs: bool = False,
 ) -> None:
     """Writes a dataset that `tfds.builder_from_directory(out)` and `open_dataset(out, split)` read.
 
     `splits` gives each split's examples, streamed: memory holds at most TFDS's shuffle buffer (1
     GB; it orders records by the hash of their id). `metadata` is a flat dict, kept in
     metadata.json: codec, fingerprint, hop, sample_rate. `made_from` identifies the command and its
-    input, for `is_made`; `summary()`, asked when all records are written, is kept beside it. The
-    dataset is written to a hidden folder beside `out` and renamed at the end. Raises `UserError` if
-    `out` is there already, a split is empty, two records of a split share an id, or a record has no
-    text, no codes, or codes outside 0..65,535.
+    input, for `is_made`; `summary()`, asked when all records are written, is kept beside it. With
+    `pairs` the examples are pairs. The dataset is written to a hidden folder beside `out` and
+    renamed at the end. Raises `UserError` if `out` is there already, a split is empty, two records
+    of a split share an id, or a record has no text, no codes, or codes outside 0..65,535.
     """
     out = as_path(out)
     check_new(out)
@@ -144,6 +154,7 @@ def write_dataset(
             builder = LlasaSpeech(
                 splits={split: digest.of(split, rows) for split, rows in splits.items()},
                 metadata=metadata,
+                pairs=pairs,
                 data_dir=building,
                 file_format="array_record",
             )
@@ -261,16 +272,24 @@ class Records:
     """One split with random access, for Grain: `len(records)` and `records[i]`, a dict of str and a
     uint16 array. Picklable.
 
-    Reading raises `UserError`, naming the split as `name`, where a file is damaged.
+    `pair(i)` is a dict with a pair's `PAIR` fields besides, where `has_pairs`. Reading raises
+    `UserError`, naming the split as `name`, where a file is damaged.
     """
 
-    def __init__(self, source, name: str):
-        self._source, self._name = source, name
+    def __init__(self, source, name: str, has_pairs: bool = False):
+        self._source, self.name, self.has_pairs = source, name, has_pairs
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
+        return _utterance(self._read(index))
+
+    def pair(self, index: int) -> dict:
+        example = self._read(index)
+        return _utterance(example) | {name: example[name] for name in PAIR}
+
+    def _read(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         try:
@@ -280,10 +299,14 @@ class Records:
         # A file that was cut short may also give records without fields.
         if any(example.get(name) is None for name in ("codes", *TEXTS)):
             raise UserError(
-                f"{self._name}: record {index} cannot be read, its file is damaged{damage}; copy"
+                f"{self.name}: record {index} cannot be read, its file is damaged{damage}; copy"
                 " the folder again."
             )
-        return {"codes": example["codes"], **{key: example[key].decode() for key in TEXTS}}
+        return example
+
+
+def _utterance(example: dict) -> dict:
+    return {"codes": example["codes"], **{key: example[key].decode() for key in TEXTS}}
 
 
 def open_dataset(folder: str | os.PathLike, split: str) -> Records:
@@ -308,7 +331,8 @@ def open_dataset(folder: str | os.PathLike, split: str) -> Records:
             f"{folder}: the split {split!r} is empty; leave it out of the settings, or make the"
             " dataset again."
         )
-    return Records(builder.as_data_source(split), f"{folder}, split {split!r}")
+    name = f"{folder}, split {split!r}"
+    return Records(builder.as_data_source(split), name, "worse" in (info.features or {}))
 
 
 def split_sizes(folder: str | os.PathLike) -> dict[str, int]:

@@ -38,6 +38,8 @@ class RecordDigest:
                 text = str(row[name]).encode("utf-8", "backslashreplace")
                 one.update(f"{len(text)}:".encode() + text)
             one.update(np.asarray(row["codes"]).astype("<i8").tobytes())
+            if "worse" in row:
+                one.update(b"\0" + np.asarray(row["worse"]).astype("<i8").tobytes())
             self._sum = (self._sum + int.from_bytes(one.digest(), "big")) % 2**256
             yield row
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from llasa_jax.codec import Codec
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.references import References
 from llasa_jax.evaluate.results import CEILING, summarise
 from llasa_jax.evaluate.results_page import write_page
 from llasa_jax.evaluate.scorers import Scores, Scoring
@@ -64,10 +65,7 @@ class Evaluation:
     say: Callable[[str], object] = print
 
     def __post_init__(self):
-        self._by_speaker: dict[str, list[int]] = {}
-        for at, item in enumerate(self.items):
-            if item.recording is not None:
-                self._by_speaker.setdefault(item.speaker, []).append(at)
+        self._references = References(self.items, self.codec)
 
     def run(self) -> dict:
         """Speaks and scores what is missing, writes `results.json` and `index.html`, and returns
@@ -120,7 +118,7 @@ class Evaluation:
         return self.scoring.submit(
             [each.wave for each in spoken],
             [self.items[each.item].text for each in spoken],
-            [self._reference(each.item, checkpoint == CEILING) for each in spoken],
+            [self._references.of(each.item, checkpoint != CEILING) for each in spoken],
         )
 
     def _finish(
@@ -138,27 +136,6 @@ class Evaluation:
             row["clip"] = _clip(checkpoint, each.item) if len(each.wave) else None
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             rows[checkpoint, name] = row
-
-    def _reference(self, item: int, ceiling: bool) -> np.ndarray | None:
-        """A recording of the voice that an item should have: its prompt, another recording of the
-        named speaker, or the recording of its text, which the ceiling is not compared with: it
-        would be itself.
-        """
-        own = self.items[item]
-        if own.prompt_audio is not None:
-            return read_audio(own.prompt_audio)
-        same = self._by_speaker.get(own.speaker, [])
-        if own.speaker and (others := [at for at in same if at != item]):
-            return self._recording(next((at for at in others if at > item), others[0]))
-        return None if ceiling or own.recording is None else self._recording(item)
-
-    def _recording(self, item: int) -> np.ndarray:
-        recording = self.items[item].recording
-        if isinstance(recording, Path):
-            return read_audio(recording)
-        assert self.codec is not None
-        assert recording is not None
-        return self.codec.decode(recording)
 
     def _resynthesise(self, items: Sequence[Item]) -> Iterator[Spoken]:
         """The codec's resynthesis of the recordings: what speaks in codes cannot sound better."""

@@ -153,6 +153,11 @@ class Speaker:
         speaker._read = lambda step: load(folder, dtype, step, tensor, side, base)[1]
         return speaker
 
+    @property
+    def prompter(self) -> Prompter:
+        """The prompts of the first adapter, or of the model where there is none."""
+        return self._prompters[0]
+
     def check(self, line: Line) -> int:
         """How many tokens the prompt of `line` has, without a voice to clone. UserError where its
         text cannot be spoken.

@@ -10,6 +10,7 @@ Letters: B rows, C tokens of a chunk, V vocabulary, D model width.
 """
 
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,43 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from llasa_jax.model.sharding import GROUP, REPEATS, ROWS, TABLE, VOCABULARY, make_mesh
 
 Factors = tuple[jax.Array, ...]
+Rows = dict[str, jax.Array]  # arrays of a batch by name, [..., rows, length]
 # The axes that split the vocabulary among devices with the same rows.
 PARTS = tuple(axis for axis in VOCABULARY if axis not in GROUP)
+
+
+class Loss(Protocol):
+    """What a `TrainStep` minimises. `arrays` are those that its batches have besides, with their
+    types: one number for each target.
+    """
+
+    arrays: dict[str, Any]
+
+    def totals(self, batch: Rows) -> Any:
+        """What sums over a whole batch are divided by."""
+
+    def shares(
+        self, rows: Rows, totals: Any, features: Factors, tables: Factors, **sizes
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Of the rows of a micro-batch: their share of the loss, and of numbers to be logged, of
+        which `accuracy` must be one. Over all micro-batches they add up. `features`, `tables` and
+        `sizes` are the arguments of `chunked_cross_entropy`.
+        """
+
+
+class SupervisedLoss:
+    """The mean of -log p over all targets of the batch, whatever row they are in."""
+
+    arrays: dict[str, Any] = {}
+
+    def totals(self, batch: Rows) -> jax.Array:
+        return jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1.0)
+
+    def shares(self, rows: Rows, totals, features, tables, **sizes):
+        nats, correct = chunked_cross_entropy(
+            features, tables, rows["targets"], rows["loss_mask"], **sizes
+        )
+        return nats / totals, {"accuracy": correct / totals}
 
 
 def chunked_cross_entropy(
@@ -57,6 +93,54 @@ def _cross_entropy(vocab_size, chunk, mesh, hidden, table, targets, mask):
     return _on_mesh(vocab_size, chunk, mesh, None, hidden, table, targets, mask)[:2]
 
 
+def chunked_log_probs(
+    hidden_BTD: jax.Array | Factors,
+    table_VD: jax.Array | Factors,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> jax.Array:
+    """log p(target) in nats, float32 [B, T], 0 where `mask` is False; the arguments are those of
+    `chunked_cross_entropy`.
+
+    For losses that are no sum over tokens. What a token weighs is known only once all are, so the
+    backward pass makes the scores of each chunk a second time.
+    """
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return _log_probs(
+        vocab_size, chunk, mesh, _tuple(hidden_BTD), _tuple(table_VD), targets_BT, mask_BT
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _log_probs(vocab_size, chunk, mesh, hidden, table, targets, mask):
+    sizes = {"vocab_size": vocab_size, "chunk": chunk, "mesh": mesh}
+    return jnp.where(mask, -chunked_ranks(hidden, table, targets, **sizes)[0], 0.0)
+
+
+def _log_probs_forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
+    # A number stands for a table that learns: what is kept must be arrays.
+    learns = tuple(0 if one.perturbed else None for one in table)
+    kept = jax.tree.map(lambda primal: primal.value, (hidden, table, targets, mask))
+    return _log_probs(vocab_size, chunk, mesh, *kept), (*kept, learns)
+
+
+def _log_probs_backward(vocab_size, chunk, mesh, kept, cotangent):
+    hidden, table, targets, mask, marks = kept
+    learns = tuple(mark is not None for mark in marks)
+    # The gradient inside is that of -log p.
+    _, _, grad_hidden, grad_table = _on_mesh(
+        vocab_size, chunk, mesh, learns, hidden, table, targets, mask, -cotangent
+    )
+    return grad_hidden, _in_place(grad_table, table, mesh), None, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward, symbolic_zeros=True)
+
+
 def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
     learns = tuple(one.perturbed for one in table)
     hidden, table, targets, mask = jax.tree.map(
@@ -65,9 +149,14 @@ def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
     nats, correct, grad_hidden, grad_table = _on_mesh(
         vocab_size, chunk, mesh, learns, hidden, table, targets, mask
     )
-    # In the table's own precision, and back where the table lies; an adapter's rank is not split
+    return (nats, correct), (grad_hidden, _in_place(grad_table, table, mesh))
+
+
+def _in_place(grad_table, table: Factors, mesh: Mesh | AbstractMesh):
+    """The tables' gradients in each table's own precision, and back where it lies."""
+    # An adapter's rank is not split.
     places = [TABLE, *[PartitionSpec(TABLE[0])] * (len(table) - 1)]
-    grad_table = tuple(
+    return tuple(
         (
             grad
             if grad is None
@@ -77,7 +166,6 @@ def _forward(vocab_size, chunk, mesh, hidden, table, targets, mask):
         )
         for grad, one, place in zip(grad_table, table, places, strict=True)
     )
-    return (nats, correct), (grad_hidden, grad_table)
 
 
 def _backward(vocab_size, chunk, mesh, grads, cotangents):
@@ -92,9 +180,9 @@ def _backward(vocab_size, chunk, mesh, grads, cotangents):
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
+def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask, weights=None):
     """Sums, and unless `learns` is None the gradients of hidden states and of tables that learn
-    (float32, split over the vocabulary).
+    (float32, split over the vocabulary): of the sum, in which each target counts `weights` times.
     """
     table = _in_shares(table, hidden, mesh)
     grad_specs = (
@@ -105,14 +193,14 @@ def _on_mesh(vocab_size, chunk, mesh, learns, hidden, table, targets, mask):
     return jax.shard_map(
         partial(_on_device, vocab_size, chunk, learns),
         mesh=mesh,
-        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS),
+        in_specs=(ROWS, PartitionSpec(VOCABULARY), ROWS, ROWS, ROWS),
         out_specs=(PartitionSpec(), PartitionSpec(), *grad_specs),
         # The sums inside make the outputs equal on all devices, which JAX cannot see by itself.
         check_vma=False,
-    )(hidden, table, targets, mask)
+    )(hidden, table, targets, mask, weights)
 
 
-def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask_BT):
+def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask_BT, weights_BT):
     """What one device does: its share of the vocabulary, for every row of its group."""
     B, T = targets_BT.shape
     share = table_VD[0].shape[0]
@@ -124,7 +212,7 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
         lambda x: _chunks(
             jnp.take_along_axis(x, order_BT.reshape(B, T, *(1,) * (x.ndim - 2)), axis=1), chunk
         ),
-        (hidden_BTD, targets_BT, mask_BT),
+        (hidden_BTD, targets_BT, mask_BT, weights_BT),
     )
     # The same number on all devices, for all take part in what is exchanged.
     most = jax.lax.pmax(jnp.max(jnp.sum(mask_BT, axis=1)), (*REPEATS, *VOCABULARY))
@@ -132,7 +220,7 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
     def step(i, carry):
         nats, correct, grad_table_VD, grads = carry
         rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), of_chunks)
-        hidden_BCD, targets_BC, mask_BC = jax.tree.map(_gather_rows, rows)
+        hidden_BCD, targets_BC, mask_BC, weights_BC = jax.tree.map(_gather_rows, rows)
         logits_BCV, is_target_BCV, of_target_BC, logsumexp_BC, rivals_BC = _scores(
             vocab_size, classes_V, hidden_BCD, table_VD, targets_BC
         )
@@ -142,9 +230,10 @@ def _on_device(vocab_size, chunk, learns, hidden_BTD, table_VD, targets_BT, mask
             return nats, correct, grad_table_VD, grads
         # Softmax minus the one-hot target, the gradient of -log p; zero where the mask is False,
         # so that rows of uneven length share chunks.
-        grad_BCV = jnp.where(
-            mask_BC[..., None], jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV, 0.0
-        ).astype(table_VD[0].dtype)
+        grad_BCV = jnp.exp(logits_BCV - logsumexp_BC[..., None]) - is_target_BCV
+        if weights_BC is not None:
+            grad_BCV *= weights_BC[..., None]
+        grad_BCV = jnp.where(mask_BC[..., None], grad_BCV, 0.0).astype(table_VD[0].dtype)
 
         def to_table(sum_VD, x_BCD):
             return (

@@ -19,7 +19,7 @@ marker. Loss is on what the assistant says: in tts and asr from its start marker
 in chat on every assistant's turn and the <|eot_id|> that ends it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -81,16 +81,39 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two speeches of one text, of which `better` is to become more probable.
+
+    Both begin with the same `prompt` codes, a voice to clone, without loss. `stopped` says which
+    of them the model ended by itself; the others have no loss on the end marker. `reference` are
+    their log-probabilities in the reference model, nats, where they are known.
+    """
+
+    better: Utterance
+    worse: Utterance
+    prompt: int = 0
+    stopped: tuple[bool, bool] = (True, True)
+    reference: tuple[float, float] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.better.id
+
+
+@dataclass(frozen=True)
 class Example:
     """A record as the model sees it: three arrays of one length.
 
     `tokens` int32; `loss` bool, true on the tokens that are to be predicted; `visible` bool, false
-    on those that no other may attend to.
+    on those that no other may attend to. Where it is several sequences, none of which sees another,
+    `lengths` are theirs. `values` are further numbers of the tokens that some losses take, float32.
     """
 
     tokens: np.ndarray
     loss: np.ndarray
     visible: np.ndarray
+    lengths: tuple[int, ...] = ()
+    values: Mapping[str, np.ndarray] | None = None
 
     @property
     def lacks_codes(self) -> bool:
@@ -131,10 +154,12 @@ class Prompter:
             )
         return example
 
-    def plan(self, record: Utterance | Conversation) -> Example:
+    def plan(self, record: Utterance | Conversation | Pair) -> Example:
         """As `example`, but a record that is not encoded yet gives NOT_ENCODED in place of each
         token of its codes, for `with_codes` to replace.
         """
+        if isinstance(record, Pair):
+            return self._pair(record)
         assert isinstance(record, Conversation) == (self.settings.task == "chat")
         if isinstance(record, Conversation):
             tokens, loss = self._chat(record)
@@ -149,7 +174,29 @@ class Prompter:
         visible = np.ones(len(tokens), bool) if self._hidden is None else tokens != self._hidden
         return Example(tokens, loss, visible)
 
-    def length(self, record: Utterance | Conversation) -> int:
+    def _pair(self, pair: Pair) -> Example:
+        """The better speech, then the worse one."""
+        parts, reference = [], []
+        for at, utterance in enumerate((pair.better, pair.worse)):
+            part = self.plan(utterance)
+            learned = np.flatnonzero(part.loss)
+            if pair.prompt:
+                part.loss[learned[: 1 + pair.prompt]] = False
+            if not pair.stopped[at]:
+                part.loss[learned[-1]] = False
+            parts.append(part)
+            reference.append(np.zeros(len(part.tokens), np.float32))
+            if pair.reference:  # at the last token with loss (see `DpoLoss`)
+                reference[at][np.flatnonzero(part.loss)[-1]] = pair.reference[at]
+        return Example(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.loss for part in parts]),
+            np.concatenate([part.visible for part in parts]),
+            tuple(len(part.tokens) for part in parts),
+            {"reference": np.concatenate(reference)} if pair.reference else None,
+        )
+
+    def length(self, record: Utterance | Conversation | Pair) -> int:
         """How many tokens the example of a record has, encoded or not."""
         return len(self.plan(record).tokens)
 

@@ -20,7 +20,7 @@ from llasa_jax.evaluate.training import TrainingEvaluation
 from llasa_jax.model.lora import Adapter, join
 from llasa_jax.runtime import hosts
 from llasa_jax.runtime.signals import StopSignal, unless
-from llasa_jax.train import run_folder
+from llasa_jax.train import reference, run_folder
 from llasa_jax.train.checkpoints import Checkpoints
 from llasa_jax.train.goodput import Goodput
 from llasa_jax.train.metrics import Metrics
@@ -78,6 +78,9 @@ def run(
             held_out = _encoded(held_out, encoder, job.files)
         # Closed at the end: a thread makes batches ahead.
         with closing(_batches(job, encoder, pipeline)) as data:
+            on_pairs = settings.align.loss == "dpo"
+            if on_pairs:
+                reference.read(job)  # `begin` puts the data at its place, which makes batches
             state, checkpoints = begin(job, adapter, data)
             with (
                 nullcontext(stop) if stop else StopSignal() as stop,
@@ -88,6 +91,8 @@ def run(
                 # Before the checkpoints are left, which would wait for the other hosts.
                 hosts.failing_together(),
             ):
+                if on_pairs:
+                    reference.complete(job, state)
                 spent = Goodput(began, metrics.before, metrics.reached)
                 loop = Loop(
                     job, state, data, held_out, pipeline, checkpoints, metrics, held, stop, spent
@@ -151,7 +156,7 @@ class Loop:
         self.progress = Progress(
             metrics,
             self.throughput,
-            LossAlarm(functions.config.vocab_size),
+            LossAlarm(functions.config.vocab_size) if settings.align.loss == "supervised" else None,
             on_host(learning_rate_schedule(settings.optimizer, job.steps)),
             settings.log.every,
             job.steps,
@@ -311,7 +316,8 @@ def _batches(job: Job, encoder: Encoder | None, pipeline: dict) -> grain.Dataset
     """The training batches, whose codes are there or are made while training."""
     if encoder:
         return OnlineBatches(encoder, job.sources, job.shape, **pipeline)
-    return iter(batches(job.sources, job.shape, ahead=AHEAD, **pipeline))
+    values = tuple(job.functions.loss.arrays)
+    return iter(batches(job.sources, job.shape, ahead=AHEAD, values=values, **pipeline))
 
 
 def _validate(

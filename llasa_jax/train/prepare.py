@@ -18,7 +18,7 @@ from llasa_jax.model.lora import adapter_config
 from llasa_jax.model.sharding import make_mesh, row_devices, shares_rows
 from llasa_jax.runtime.bucket_files import working_folder
 from llasa_jax.runtime.storage import as_path
-from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
+from llasa_jax.speech.prompts import Conversation, Pair, Prompter, Utterance
 from llasa_jax.speech.vocab import NUM_CODES
 from llasa_jax.train.offload import check_host_memory
 from llasa_jax.train.optimizer import make_optimizer
@@ -28,7 +28,7 @@ from llasa_jax.train.samples import Samples
 from llasa_jax.train.settings import Settings
 from llasa_jax.train.step import TrainStep
 
-Records = Sequence[Utterance] | Sequence[Conversation]
+Records = Sequence[Utterance] | Sequence[Conversation] | Sequence[Pair]
 VALIDATION_LOSS = "validation_loss"  # what train.keep_best_by is by default
 LOOKED_AT = 64  # records of a dataset that its fingerprint is made from
 
@@ -187,6 +187,9 @@ def fingerprint(settings: Settings, datasets: Sequence[Records]) -> str:
         at = np.linspace(0, len(records) - 1, min(LOOKED_AT, len(records))).astype(int)
         for record in () if known else (records[int(i)] for i in at):
             words: object
+            if isinstance(record, Pair):
+                found.update(np.asarray(record.worse.codes, "<u2").tobytes())
+                record = record.better  # noqa: PLW2901
             if isinstance(record, Utterance):
                 words = (record.id, record.text, record.speaker, record.language)
                 # None where they are made while training

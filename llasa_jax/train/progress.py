@@ -132,14 +132,15 @@ class LossAlarm:
 
 class Progress:
     """Takes each step's numbers while the devices still compute them, and writes those of the step
-    before: metrics, terminal, alarm. `rate` gives the learning rate of a step, from 0.
+    before: metrics, terminal, alarm (None for a loss that is not in nats a token). `rate` gives the
+    learning rate of a step, from 0.
     """
 
     def __init__(
         self,
         metrics: Metrics,
         throughput: Throughput,
-        alarm: LossAlarm,
+        alarm: LossAlarm | None,
         rate: Callable[[int], float],
         every: int,
         steps: int,
@@ -175,9 +176,8 @@ class Progress:
                     " optimizer.learning_rate or look at the data, and go on from the last"
                     " checkpoint"
                 )
-        warning = self._alarm.listen(
-            step, numbers["loss"], numbers["codes"] / max(numbers["targets"], 1)
-        )
+        share = numbers["codes"] / max(numbers["targets"], 1)
+        warning = self._alarm and self._alarm.listen(step, numbers["loss"], share)
         if warning and jax.process_index() == 0:
             warnings.warn(warning, stacklevel=2)
         rates = self._throughput.step_ended(

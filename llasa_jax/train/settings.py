@@ -1,30 +1,24 @@
 """All settings of a training run, as a YAML file spells them. A recipe in `configs/` is the
-experiment; unknown keys are errors.
+experiment.
 """
 
-import difflib
 import re
-from dataclasses import Field, dataclass, fields, is_dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import yaml
-
+from llasa_jax.align.losses import loss_of
+from llasa_jax.align.settings import AlignSettings
 from llasa_jax.data.settings import SourceSettings
 from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
 from llasa_jax.evaluate.settings import EvaluateSettings
 from llasa_jax.model.settings import Dtype, LoraSettings, MeshSettings, ModelSettings
-from llasa_jax.runtime.files import read_yaml
 from llasa_jax.runtime.settings import (
     CODEC_DEVICE,
     DEVICE_WORDS,
     MAX_SEED,
     check,
     group,
-    groups_of,
-    notes,
     setting,
 )
 from llasa_jax.speech.settings import PromptSettings
@@ -195,6 +189,7 @@ class Settings:
     mesh: MeshSettings = group(MeshSettings)
     optimizer: OptimizerSettings = group(OptimizerSettings)
     train: TrainSettings = group(TrainSettings)
+    align: AlignSettings = group(AlignSettings)
     log: LogSettings = group(LogSettings)
     evaluate: EvaluateSettings = group(EvaluateSettings)
     profile: ProfileSettings = group(ProfileSettings)
@@ -229,6 +224,8 @@ class Settings:
                 f"data.streams={self.data.streams} does not divide train.rows={self.train.rows};"
                 " choose a divisor"
             )
+        if self.align.loss == "dpo":
+            self._check_pairs()
         tokens = self.train.rows * self.train.accumulation * self.data.max_length
         if tokens > MAX_TOKENS:
             raise UserError(
@@ -236,6 +233,21 @@ class Settings:
                 f" it must be at most {MAX_TOKENS:,}"
             )
         traced_steps(self.profile.steps, self.train.steps)
+
+    def _check_pairs(self) -> None:
+        """UserError where the data cannot be pairs."""
+        if self.data.too_long == "cut":
+            raise UserError(
+                "data.too_long is cut, and a pair that is cut has lost what ranks it; leave it at"
+                " drop"
+            )
+        for source in self.sources:
+            if source.mode == "online" or (source.prompt and source.prompt.task != "tts"):
+                raise UserError(
+                    f"align.loss is dpo, and {source.path} is no dataset of pairs of speech: its"
+                    " mode must be offline and its prompt's task tts; make one with `llasa-jax"
+                    " prefer`"
+                )
 
     @property
     def sources(self) -> list[SourceSettings]:
@@ -276,11 +288,14 @@ class Settings:
 
     @property
     def step_options(self) -> dict:
-        """What a `TrainStep` needs to know besides the model: how weights and state are kept."""
+        """What a `TrainStep` needs to know besides the model: how weights and state are kept, and
+        the loss.
+        """
         return {
             "frozen_dtype": self.lora.frozen_dtype,
             "quantization": self.lora.quantize,
             "offload": self.optimizer.offload,
+            "loss": loss_of(self.align),
         }
 
     @property
@@ -290,138 +305,3 @@ class Settings:
         """
         prompts = [source.prompt for source in self.sources if source.prompt]
         return next((prompt for prompt in prompts if prompt.task == "tts"), prompts[0])
-
-
-def parse_settings(arguments: list[str]) -> Settings:
-    """Settings from `--config FILE`, which may be given several times, and `--any.setting=value`;
-    later ones win. UserError on an unknown key or a bad value.
-    """
-    from jsonargparse import ArgumentError
-
-    _check_arguments(arguments)
-    parser = settings_parser()
-    try:
-        parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
-    parsed.pop("config")
-    return Settings(**vars(parser.instantiate(parsed)))
-
-
-@cache
-def settings_parser():
-    """The parser of `llasa-jax train`, whose help explains every setting."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="llasa-jax train",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Finetunes a model on records. With --resume-loop=N before the settings it is"
-        " started again up to N times where it fails.",
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="a YAML file with any of the settings below; of several, the later wins",
-    )
-    parser.add_class_arguments(Settings)
-    explained = _fields(Settings)
-    for action in parser._actions:
-        if action.dest in explained:
-            action.help = f"{action.help} {notes(explained[action.dest])}".strip()
-    return parser
-
-
-def _check_arguments(arguments: list[str]) -> None:
-    """Refuses what the parser would not: unknown keys with the nearest known one, files that are
-    not settings, and a setting given twice.
-    """
-    known = {name: field.type for name, field in _fields(Settings).items()}
-    given: dict[str, str] = {}
-    for at, argument in enumerate(arguments):
-        if not argument.startswith("--"):
-            continue
-        name, equals, value = argument.removeprefix("--").partition("=")
-        value = value if equals else "".join(arguments[at + 1 : at + 2])
-        if name == "config":
-            _check_file(Path(value), known)
-        elif name not in ("help", "print_config"):
-            _check_key(name.removesuffix("+"), "the command line", known)
-            if is_dataclass(known[name.removesuffix("+")]):
-                raise UserError(
-                    f"{name} is a group of settings; give each as --{name}.NAME=VALUE, or many in"
-                    " a --config FILE"
-                )
-            if given.setdefault(name, value) != value and not name.endswith("+"):
-                raise UserError(
-                    f"{name} is given twice, as {given[name]} and {value}; give it once"
-                )
-
-
-def _check_file(path: Path, known: dict[str, Any]) -> None:
-    tree = read_yaml(
-        path, "the config", fix="write settings as `key: value`, as the recipes in configs/ do"
-    )
-
-    def walk(group: dict, prefix: str):
-        for key, value in group.items():
-            _check_entry(f"{prefix}{key}", value, path, known)
-            for inner in value if isinstance(value, list) else [value]:
-                if isinstance(inner, dict):
-                    walk(inner, f"{prefix}{key}.")
-
-    walk(tree, "")
-    _check_repeated(path, yaml.compose(path.read_text("utf-8-sig"), yaml.SafeLoader))
-
-
-def _check_repeated(path: Path, node: yaml.Node | None) -> None:
-    """Refuses the same key twice in one mapping, of which YAML would drop the first."""
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for key, value in node.value:
-            if keys.count(key.value) > 1:
-                raise UserError(
-                    f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice in one"
-                    " place; join them"
-                )
-            _check_repeated(path, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_repeated(path, value)
-
-
-def _check_entry(key: str, value: Any, path: Path, known: dict[str, Any]) -> None:
-    """Refuses an unknown key, and what YAML takes for another type where a text is wanted."""
-    _check_key(key, str(path), known)
-    wanted = known[key]
-    if value is None and wanted not in (str, list[str]) and type(None) not in get_args(wanted):
-        raise UserError(f"{key} in {path} is null; give it a value, or leave it out")
-    if is_dataclass(wanted) and not isinstance(value, dict):
-        raise UserError(
-            f"{key} in {path} is {value!r}, but a group of"
-            " settings; give it some of them, or leave it out"
-        )
-    values = value if wanted == list[str] and isinstance(value, list) else [value]
-    for text in values if wanted in (str, list[str]) else []:
-        if text is None:
-            raise UserError(f"{key} in {path} is null; give it a value, or leave it out")
-        if not isinstance(text, str | list | dict):
-            raise UserError(f"{key} in {path} is {text}, which is not a text; put it in quotes")
-
-
-def _fields(cls: type, prefix: str = "") -> dict[str, Field]:
-    """Every setting and group by its full name."""
-    named = {}
-    for field in fields(cls):
-        named[prefix + field.name] = field
-        for inner in groups_of(field.type):
-            named |= _fields(inner, f"{prefix}{field.name}.")
-    return named
-
-
-def _check_key(key: str, where: str, known: dict[str, Any]) -> None:
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1, 0.0)
-        raise UserError(f"unknown setting {key} in {where}; did you mean {close[0]}?")

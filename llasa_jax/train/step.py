@@ -1,5 +1,5 @@
 """One step of training: a jitted function over sharded parameters, optimizer state and a batch of
-packed rows.
+packed rows, for any `Loss`.
 
 Parameters are two trees, `frozen` and `trainable`: gradients, optimizer state and checkpoints are
 of the second alone. In full finetuning the first is empty.
@@ -16,7 +16,7 @@ from llasa_jax.model.attention import choose_attention
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.lora import join, split
-from llasa_jax.model.loss import chunked_cross_entropy, chunked_ranks
+from llasa_jax.model.loss import Loss, SupervisedLoss, chunked_log_probs, chunked_ranks
 from llasa_jax.model.settings import ModelSettings
 from llasa_jax.model.sharding import ROWS, MeshLayout, abstract_params, rows_here
 from llasa_jax.train.offload import place_state
@@ -30,7 +30,7 @@ class TrainStep:
     accuracy are counted. With `adapters` all but them is frozen and kept in `frozen_dtype`, or
     quantised; `seed` is that of their dropout. `frozen`, `trainable` and `opt_state` are the trees
     as `ShapeDtypeStruct`s. `offload` keeps the optimizer's state on the host, for an optimizer made
-    with that setting.
+    with that setting. `loss` is what a step minimises; validation is always supervised.
     """
 
     BATCH = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {
@@ -49,7 +49,9 @@ class TrainStep:
         quantization: Quantization = "none",
         seed: int = 0,
         offload: bool = False,
+        loss: Loss | None = None,
     ):
+        self.loss: Loss = loss or SupervisedLoss()
         self.config, self.settings, self.mesh, self.code_ids = config, settings, mesh, code_ids
         self.optimizer = optax.with_extra_args_support(optimizer)
         self.adapters, self.seed = adapters, seed
@@ -79,6 +81,7 @@ class TrainStep:
             self._train, donate_argnums=(1, 2), out_shardings=(*shardings, self.replicated)
         )
         self.validate = jax.jit(self._validate, out_shardings=self.replicated)
+        self.log_probs = jax.jit(self._log_probs, out_shardings=self.replicated)
 
     def rows_here(self, accumulation: int, rows: int, length: int) -> list[int]:
         """Which rows of a batch of this shape this host's devices hold, ascending."""
@@ -108,9 +111,8 @@ class TrainStep:
         """The train step for batches of this shape and the platform of the mesh's devices, which
         need not be at hand.
         """
-        traced = self.train.trace(
-            self.frozen, self.trainable, self.opt_state, self._batch(accumulation, rows, length)
-        )
+        batch = self._batch(self.BATCH | self.loss.arrays, accumulation, rows, length)
+        traced = self.train.trace(self.frozen, self.trainable, self.opt_state, batch)
         platform = self.mesh.devices.flat[0].platform
         return traced.lower(
             lowering_platforms=("cuda" if platform == "gpu" else platform,)
@@ -119,13 +121,22 @@ class TrainStep:
     def compile_validation(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
         """The validation step for batches of this shape."""
         return self.validate.lower(
-            self.frozen, self.trainable, self._batch(accumulation, rows, length)
+            self.frozen, self.trainable, self._batch(self.BATCH, accumulation, rows, length)
         ).compile()
 
-    def _batch(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def _batch(self, arrays: dict, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
-            for name, dtype in self.BATCH.items()
+            for name, dtype in arrays.items()
+        }
+
+    @property
+    def _sizes(self):
+        """The arguments of the chunked losses that are the same for every batch."""
+        return {
+            "vocab_size": self.config.vocab_size,
+            "chunk": self.settings.loss_chunk,
+            "mesh": self.mesh,
         }
 
     def _scores(self, frozen, trainable, micro_batch, dropout_key=None):
@@ -138,13 +149,18 @@ class TrainStep:
         hidden = model(rows["tokens"], rows["positions"], rows["segment_ids"], keys[0])
         return rows, *model.output_factors(hidden, keys[1])
 
-    def _sums(self, frozen, trainable, micro_batch, dropout_key):
-        """Summed loss (nats) and correct predictions of one micro-batch [rows, length]."""
-        rows, features, tables = self._scores(frozen, trainable, micro_batch, dropout_key)
-        sizes = {"vocab_size": self.config.vocab_size, "chunk": self.settings.loss_chunk}
-        return chunked_cross_entropy(
-            features, tables, rows["targets"], rows["loss_mask"], **sizes, mesh=self.mesh
-        )
+    def _log_probs(self, frozen, trainable, batch):
+        """log p of every target of a whole batch, float32 in its shape, 0 where there is no loss;
+        without dropout.
+        """
+
+        def of(micro_batch):
+            rows, features, tables = self._scores(frozen, trainable, micro_batch)
+            return chunked_log_probs(
+                features, tables, rows["targets"], rows["loss_mask"], **self._sizes
+            )
+
+        return jax.lax.map(of, batch)
 
     def _is_code(self, batch):
         return (
@@ -161,8 +177,7 @@ class TrainStep:
 
         def sums(micro_batch):
             rows, features, tables = self._scores(frozen, trainable, micro_batch)
-            sizes = {"vocab_size": self.config.vocab_size, "chunk": self.settings.loss_chunk}
-            nll, rank = chunked_ranks(features, tables, rows["targets"], **sizes, mesh=self.mesh)
+            nll, rank = chunked_ranks(features, tables, rows["targets"], **self._sizes)
             learned, code = rows["loss_mask"], self._is_code(rows)
             counts = {
                 "correct": learned & (rank == 0),
@@ -177,38 +192,38 @@ class TrainStep:
         return jax.tree.map(jnp.sum, jax.lax.map(sums, batch))
 
     def _train(self, frozen, trainable, opt_state, batch):
-        """The mean over all targets of the whole batch, whatever micro-batch or device they are on,
-        and one update for it.
+        """The loss over the whole batch, whatever micro-batch or device its rows are on, and one
+        update for it.
         """
-        targets = jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1.0)
+        totals = self.loss.totals(batch)
 
-        def mean_loss(trainable, micro_batch, dropout_key):
-            nats, correct = self._sums(frozen, trainable, micro_batch, dropout_key)
-            return nats / targets, correct
+        def loss_of(trainable, micro_batch, dropout_key):
+            rows, features, tables = self._scores(frozen, trainable, micro_batch, dropout_key)
+            return self.loss.shares(rows, totals, features, tables, **self._sizes)
 
         def value_and_grad(micro_batch, dropout_key):
-            (loss, correct), grads = jax.value_and_grad(mean_loss, has_aux=True)(
-                trainable, micro_batch, dropout_key
-            )
-            return loss, correct, grads
+            return jax.value_and_grad(loss_of, has_aux=True)(trainable, micro_batch, dropout_key)
 
         def accumulate(carry, micro_batch):
             return jax.tree.map(jnp.add, carry, value_and_grad(*micro_batch)), None
 
         keys = self._dropout_keys(opt_state, batch["tokens"].shape[0])
+        first = jax.tree.map(lambda x: x[0], (batch, keys))
         if batch["tokens"].shape[0] == 1:
-            loss, correct, grads = value_and_grad(*jax.tree.map(lambda x: x[0], (batch, keys)))
+            (loss, numbers), grads = value_and_grad(*first)
         else:
-            zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-            (loss, correct, grads), _ = jax.lax.scan(accumulate, zeros, (batch, keys))
+            _, shares = jax.eval_shape(loss_of, trainable, *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), shares))
+            zeros = zeros, jax.tree.map(jnp.zeros_like, trainable)
+            ((loss, numbers), grads), _ = jax.lax.scan(accumulate, zeros, (batch, keys))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.trainable)
         updates, opt_state = self.optimizer.update(grads, opt_state, trainable, shardings=shardings)
         real = batch["segment_ids"] > 0
         metrics = {
             "loss": loss,
-            "accuracy": correct / targets,
+            **numbers,
             "grad_norm": optax.tree.norm(grads),
-            "targets": targets,
+            "targets": jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1.0),
             "codes": self._is_code(batch).sum(dtype=jnp.float32),
             "fill": jnp.mean(real),
             # How many tokens one attends to, itself included: positions restart in every clip.

@@ -29,7 +29,7 @@ from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.errors import UserError
 from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
 from llasa_jax.speech.settings import PromptSettings
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 SHAPE = BatchShape(accumulation=1, rows=4, length=256)
 

@@ -11,7 +11,7 @@ import pytest
 from llasa_jax.data.batching import BatchShape, Source, batches, drawn, measure, streams_of
 from llasa_jax.errors import UserError
 from llasa_jax.speech.prompts import Utterance
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 SHAPE = BatchShape(accumulation=2, rows=8, length=256)
 HOSTS = (1, 2, 4, 8)

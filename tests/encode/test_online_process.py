@@ -23,7 +23,7 @@ from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.train import loop as train_module
 from llasa_jax.train import prepare
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 STEPS = 7
 

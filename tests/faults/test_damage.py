@@ -30,7 +30,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.model.sharding import make_mesh
 from llasa_jax.speech.audio import audio_samples, read_audio
 from llasa_jax.train.loop import train
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # a damaged file may also be warned of
 

@@ -11,7 +11,7 @@ from llasa_jax.data.builder import write_dataset
 from llasa_jax.encode.mixture import open_sources
 from llasa_jax.inspect.preview import preview
 from llasa_jax.speech.prompts import Prompter, Utterance
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from llasa_jax.model.settings import LoraSettings, MeshSettings, ModelSettings
 from llasa_jax.plan import compiler, plan
 from llasa_jax.runtime.hardware import TPUS, parse_topology
 from llasa_jax.train.offload import check_host_memory
-from llasa_jax.train.settings import OptimizerSettings, Settings, TrainSettings, parse_settings
+from llasa_jax.train.parsing import parse_settings
+from llasa_jax.train.settings import OptimizerSettings, Settings, TrainSettings
 from llasa_jax.train.step import TrainStep
 
 TINY = ModelConfig(

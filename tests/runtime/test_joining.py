@@ -10,7 +10,7 @@ from llasa_jax.cli import train
 from llasa_jax.errors import UserError
 from llasa_jax.runtime import hosts
 from llasa_jax.runtime.compiled import keep_programs
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 LAUNCHERS = ("SLURM", "JAX_", "OMPI", "MASTER", "WORLD", "RANK", "LOCAL_", "KUBERNETES", "TPU")
 NEEDED = ("--out=o", "--model.path=m", "--data.path=d")

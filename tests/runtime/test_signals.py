@@ -61,7 +61,7 @@ def test_later_a_second_signal_ends_it_too():
 
 def test_train_is_at_once_from_the_start():
     program = (
-        "from llasa_jax import cli\nfrom llasa_jax.train import settings\nsettings.parse_settings ="
+        "from llasa_jax import cli\nfrom llasa_jax.train import parsing\nparsing.parse_settings ="
         " busy\nsys.exit(cli.main(['train']))"
     )
     assert ended(program, signal.SIGINT)[0] == 128 + signal.SIGINT

@@ -16,7 +16,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.serve import work as module
 from llasa_jax.serve.work import LAYOUTS, Command, Job, Plan, Work
 from llasa_jax.speech.audio import write_audio
-from llasa_jax.train.settings import parse_settings
+from llasa_jax.train.parsing import parse_settings
 
 MANIFEST, BESIDE = list(LAYOUTS)[:2]
 # Says its arguments; with "wait" it saves at SIGTERM, as training does.

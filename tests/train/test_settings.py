@@ -10,7 +10,8 @@ from places import ROOT
 
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import groups_of, may_change
-from llasa_jax.train.settings import Settings, parse_settings
+from llasa_jax.train.parsing import parse_settings
+from llasa_jax.train.settings import Settings
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import yaml
 
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.settings import check
-from llasa_jax.train.settings import Settings, _fields, parse_settings
+from llasa_jax.train.parsing import all_fields, parse_settings
+from llasa_jax.train.settings import Settings
 
 NEEDED = {"out": "o", "model": {"path": "m"}, "data": {"path": "d"}}
 BAD = [
@@ -22,7 +23,8 @@ BAD = [
     *("<|eot_id|>", "<|s_5|>", "x" * 300, "/" + "y" * 5000, "a\x00b", "\ud800", "日本", "*ref"),
     *("!!python/object:os.system", "'", '"', "- -", ": :", "%", "@", "`", "\t", "&a", "meta:9999"),
 ]
-LEAVES = {name: field for name, field in _fields(Settings).items() if not is_dataclass(field.type)}
+FIELDS = all_fields(Settings)
+LEAVES = {name: field for name, field in FIELDS.items() if not is_dataclass(field.type)}
 
 
 def parsed(arguments):
@@ -79,7 +81,7 @@ def test_values_in_a_file(tmp_path, seed):
     path = tmp_path / "c.yaml"
     objects = [None, True, 5, -1, 2.5, float("nan"), float("inf"), 10**30, "", "null", [], {}, [1]]
     objects += [[None], {"a": 1}, {"steps": {}}, [[]], "x" * 5000, "\0", "\ud800", {1: 2}]
-    groups = [name for name in _fields(Settings) if name not in LEAVES and "sources" not in name]
+    groups = [name for name in FIELDS if name not in LEAVES and "sources" not in name]
     for name in groups:
         tree = yaml.safe_load(yaml.safe_dump(NEEDED))
         *above, last = name.split(".")

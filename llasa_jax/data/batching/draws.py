@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from llasa_jax.data.settings import SourceSettings
-from llasa_jax.speech.prompts import Conversation, Prompter, Utterance
+from llasa_jax.speech.prompts import Conversation, Pair, Prompter, Utterance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,9 @@ class Source:
     to the other sources' weights.
     """
 
-    records: Sequence[Utterance] | Sequence[Conversation] | Sequence[Utterance | None]
+    records: (
+        Sequence[Utterance] | Sequence[Conversation] | Sequence[Pair] | Sequence[Utterance | None]
+    )
     prompter: Prompter
     weight: float = 1.0
 

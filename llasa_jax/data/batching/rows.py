@@ -11,7 +11,7 @@ import numpy as np
 from llasa_jax.data.batching.draws import Source, StreamShare, drawn, draws_per_epoch, tagged
 from llasa_jax.data.batching.packing import WINDOW, pack_rows
 from llasa_jax.errors import UserError
-from llasa_jax.speech.prompts import Conversation, Example, Utterance
+from llasa_jax.speech.prompts import Conversation, Example, Pair, Utterance
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class ToExample:
     def __init__(self, sources: Sequence[Source], length: int, too_long: Literal["drop", "cut"]):
         self._sources, self._length, self._too_long = sources, length, too_long
 
-    def __call__(self, source: int, record: Utterance | Conversation | None) -> Example | None:
+    def __call__(
+        self, source: int, record: Utterance | Conversation | Pair | None
+    ) -> Example | None:
         if record is None:
             return None
         example = self._sources[source].prompter.plan(record)
@@ -57,12 +59,17 @@ class Planned:
     """
 
     source: int
-    record: Utterance | Conversation
+    record: Utterance | Conversation | Pair
     example: Example | None
 
 
 def batches(
-    sources: Sequence[Source], shape: BatchShape, *, ahead: int = 0, **options
+    sources: Sequence[Source],
+    shape: BatchShape,
+    *,
+    ahead: int = 0,
+    values: Sequence[str] = (),
+    **options,
 ) -> grain.IterDataset:
     """This host's rows of every batch of records with codes: `plan` and `fill`, with the options of
     `plan`.
@@ -70,7 +77,7 @@ def batches(
     `ahead` batches are made in a thread before they are asked for; its iterator must be closed.
     Batches and states do not depend on `ahead`: the state is that after the last batch taken.
     """
-    made = plan(sources, shape, **options).map(lambda rows: fill(rows, shape))
+    made = plan(sources, shape, **options).map(lambda rows: fill(rows, shape, values))
     # Every dozen batches a window of clips is tokenised and packed, which takes some 0.3 s. Without
     # the thread, the step after it waits for that.
     return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=ahead)
@@ -162,11 +169,14 @@ def _packed(
     return grain.experimental.FlatMapIterDataset(windows, _ToRows(length))
 
 
-def fill(rows: Sequence[Sequence[Planned]], shape: BatchShape) -> dict[str, np.ndarray]:
+def fill(
+    rows: Sequence[Sequence[Planned]], shape: BatchShape, values: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """The rows of `plan` as arrays [accumulation, this host's rows, length].
 
     `tokens` and `targets` int32 (targets are the next tokens), `loss_mask` bool (targets with
-    loss), `segment_ids` int32 (0 is padding) and `positions` int32. Bad clips, which have no
+    loss), `segment_ids` int32 (0 is padding), `positions` int32, and those of the examples' values
+    that `values` names, float32, each at its token as a target. Bad clips, which have no
     example, become padding at the end of their row. Raises UserError for a clip that is not encoded
     yet.
     """
@@ -177,7 +187,11 @@ def fill(rows: Sequence[Sequence[Planned]], shape: BatchShape) -> dict[str, np.n
                 " data.mode=online, or encode it first with `llasa-jax encode`"
             )
     filled = [
-        _row([planned.example for planned in row if planned.example is not None], shape.length)
+        row_of(
+            [planned.example for planned in row if planned.example is not None],
+            shape.length,
+            values,
+        )
         for row in rows
     ]
     return {
@@ -198,18 +212,22 @@ class _ToRows(grain.experimental.FlatMapTransform):
         return [[window[i] for i in row] for row in rows]
 
 
-def _row(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+def row_of(
+    examples: Sequence[Example], length: int, values: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """One row of `fill`, of examples that fit into it."""
     names = {
         "tokens": np.int32,
         "targets": np.int32,
         "loss_mask": bool,
         "segment_ids": np.int32,
         "positions": np.int32,
+        **dict.fromkeys(values, np.float32),
     }
     row = {name: np.zeros(length, dtype) for name, dtype in names.items()}
     if not examples:
         return row
-    lengths = [len(example.tokens) for example in examples]
+    lengths = [n for example in examples for n in example.lengths or (len(example.tokens),)]
     used = sum(lengths)
     row["tokens"][:used] = np.concatenate([example.tokens for example in examples])
     # The last place of a row has no next token: its target stays 0, without loss.
@@ -217,10 +235,13 @@ def _row(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
     # Every example begins with tokens without loss, so the last token of a clip is never trained to
     # predict the first token of the next.
     row["loss_mask"][: used - 1] = np.concatenate([example.loss for example in examples])[1:]
+    for name in values:
+        of_tokens = [(example.values or {})[name] for example in examples]
+        row[name][: used - 1] = np.concatenate(of_tokens)[1:]
     # Hidden tokens (`prompt.mask: upstream`) get the padding's segment, so nothing attends to them;
     # positions count on over them.
-    row["segment_ids"][:used] = np.repeat(
-        np.arange(1, len(examples) + 1), lengths
-    ) * np.concatenate([e.visible for e in examples])
+    row["segment_ids"][:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths) * np.concatenate(
+        [e.visible for e in examples]
+    )
     row["positions"][:used] = np.concatenate([np.arange(length) for length in lengths])
     return row
