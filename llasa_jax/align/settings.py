@@ -38,6 +38,31 @@ class DpoSettings:
 
 
 @dataclass(frozen=True)
+class GrpoSettings:
+    """Group relative policy optimisation, where align.loss is grpo."""
+
+    epsilon_low: float = setting(0.2, above=0, below=1)
+    """A speech is made less probable only until the ratio of its tokens' probabilities to those
+    when it was drawn has fallen by this. Without effect where updates is 1."""
+    epsilon_high: float = setting(0.2, above=0, high=100)
+    """And more probable until it has risen by this; DAPO takes 0.28. Without effect where updates
+    is 1."""
+    kl: float = setting(0.0, low=0, high=1000)
+    """Weight of the divergence from the model that training begins with, in nats a token; 0, as
+    DAPO and Dr. GRPO have it, needs no reference. In full finetuning above 0 a second copy of the
+    weights is in memory."""
+    normalize: Literal["speeches", "tokens", "length"] = "tokens"
+    """What the loss is a mean over. speeches: each speech counts as much as another (GRPO); tokens:
+    each token does (DAPO); length: the sum of a speech is divided by data.max_length, whatever its
+    own length (Dr. GRPO)."""
+    scale: bool = True
+    """Divide rewards by their standard deviation among the speeches of a text; Dr. GRPO does
+    not."""
+    updates: int = setting(1, low=1, high=64)
+    """Steps on the same speeches, before new ones are drawn."""
+
+
+@dataclass(frozen=True)
 class AlignSettings:
     """Which loss is trained with."""
 
