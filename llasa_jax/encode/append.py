@@ -15,7 +15,7 @@ from llasa_jax.data.seal import SEAL, identity, read_seal, remove_dataset
 from llasa_jax.data.shards import plan_shards, seal_dataset, write_shard
 from llasa_jax.encode.audio_source import AudioSource, Waves
 from llasa_jax.encode.bucket_journal import beside
-from llasa_jax.encode.offline import Job, Summary, encode_here
+from llasa_jax.encode.offline import Job, NoGoodClipsError, Summary, clean_up, encode_here
 from llasa_jax.encode.shards import remove_shards
 from llasa_jax.errors import UserError
 from llasa_jax.runtime.storage import is_remote
@@ -56,14 +56,16 @@ class SomeAudio(AudioSource):
 
 def append(job: Job) -> Summary | None:
     """Encodes the clips of a job whose ids its dataset does not have, and adds them to it; None
-    where there are none. The bytes are those of one `encode` of all clips, but for the seal's
-    `made_from`.
+    where there are none, or only bad ones. The bytes are those of one `encode` of all clips, but
+    for the seal's `made_from`.
 
-    A clip that is there stays as it is, whatever the job's source says of it. Raises `UserError`
-    where `out` is no dataset of this codec's codes, or lies in a bucket.
+    A clip that is there stays as it is, whatever the job's source says of it. Killed at any moment,
+    the same command goes on; until the new dataset is whole, the old one stays where it is. Bad
+    clips are a share of all of the source's. Raises `UserError` where `out` is no dataset of this
+    codec's codes, or lies in a bucket.
     """
     out = job.folder
-    new, fresh, last = (beside(out, suffix) for suffix in ("new", "fresh", "old"))
+    new, fresh, last = (beside(out, suffix) for suffix in ("new", "fresh", "replaced"))
     if is_remote(out):
         raise UserError(
             f"{out}: --append works on this machine's disks; copy the dataset here first, or encode"
@@ -72,17 +74,29 @@ def append(job: Job) -> Summary | None:
     if not out.is_dir() and (fresh / SEAL).is_file():
         fresh.rename(out)  # of a run that was killed between the two renames
     metadata = read_metadata(out)
+    if last.is_dir():  # of a run that was killed when it had put the new dataset in place
+        _remove(new, last)
     old = {split: open_dataset(out, split) for split, size in split_sizes(out).items() if size}
     rows = [(split, records, at) for split, records in old.items() for at in range(len(records))]
     old_ids = [str(records[at]["id"]) for _, records, at in rows]
     source, known = job.source(), set(old_ids)
     indices = [index for index, one in enumerate(source.ids) if one not in known]
     if not indices:
-        _remove(new, fresh, last)
+        _remove(new, fresh)
         print(f"{out}: has all of {source.name}'s clips.")
         return None
-    part = dataclasses.replace(job, source=lambda: SomeAudio(source, indices), out=new)
-    summary = encode_here(part)
+    part = dataclasses.replace(
+        job,
+        source=lambda: SomeAudio(source, indices),
+        out=new,
+        max_bad_share=min(1.0, job.max_bad_share * len(source) / len(indices)),
+    )
+    try:
+        summary = encode_here(part)
+    except NoGoodClipsError:
+        clean_up(new)
+        print(f"{out}: has all of {source.name}'s clips but {len(indices)} bad ones.")
+        return None
     added = read_metadata(new)
     if added["fingerprint"] != metadata.get("fingerprint"):
         remove_dataset(new)
@@ -95,7 +109,7 @@ def append(job: Job) -> Summary | None:
         rows += [(split, records, at) for at in range(size)]
     ids = old_ids + [str(records[at]["id"]) for _, records, at in rows[len(old_ids) :]]
     shards = plan_shards(ids, [split for split, _, _ in rows], job.clips_a_file)
-    _remove(fresh, last)
+    _remove(fresh)
     folder = beside(fresh, "shards")
     made = [
         (shard, write_shard(folder, shard, (rows[i][1][rows[i][2]] for i in shard.members), "", []))

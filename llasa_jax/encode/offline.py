@@ -29,6 +29,11 @@ from llasa_jax.errors import UserError, listed
 from llasa_jax.runtime.settings import check
 from llasa_jax.runtime.storage import absolute, as_path, check_writable
 
+
+class NoGoodClipsError(UserError):
+    """All clips are bad, and so many may be."""
+
+
 MAX_CLIP_SECONDS = OnlineSettings().max_clip_seconds
 
 
@@ -231,11 +236,12 @@ def _seal(job: Job, maker: ShardMaker, made: list[Made]) -> Summary:
         bad_list.add(line)
     bad_list.publish()
     faulty = sum(FILTERED not in line["reason"] for line in bad)
-    if faulty > job.max_bad_share * len(source) or not sum(each.examples for each in made):
+    too_many = faulty > job.max_bad_share * len(source)
+    if too_many or not sum(each.examples for each in made):
         for shard, each in zip(maker.shards, made, strict=True):
             if each.bad:  # those that are fixed count when the command is given again
                 forget_shard(maker.folder, shard)
-        raise UserError(
+        raise (UserError if too_many else NoGoodClipsError)(
             f"{source.name}: {len(bad)} of {len(source)} clips are bad (max_bad_share is"
             f" {job.max_bad_share}); the first: {bad[0]['reason']} Fix those listed in"
             f" {bad_list.path}, or take them out, and run again: the good ones are kept."
@@ -250,7 +256,7 @@ def _seal(job: Job, maker: ShardMaker, made: list[Made]) -> Summary:
     # Not how many were encoded now: however often it was interrupted, the dataset is the same.
     kept = {"bad": len(bad), "hours": hours, "splits": splits}
     seal_dataset(out, maker.folder, shards, codec_metadata(codec), made_from, kept)
-    _clean_up(out)
+    clean_up(out)
     words = ", ".join(f"{count} {split}" for split, count in splits.items())
     print(
         f"{out}: {words}; {hours:.2f} hours of speech"
@@ -264,13 +270,14 @@ def _is_made(job: Job, looked: list[Looked]) -> Summary | None:
     kept = is_made(job.folder, _of_all(each.made_from for each in looked))
     if kept is None:
         return None
-    _clean_up(job.folder)
+    clean_up(job.folder)
     print(f"{job.folder}: done already by the same command.")
     splits = kept["splits"]
     return Summary(0, sum(splits.values()), kept["bad"], kept["hours"], splits)
 
 
-def _clean_up(out: Path) -> None:
+def clean_up(out: Path) -> None:
+    """Deletes the journals and shards that a dataset was made of."""
     remove_journals(out)
     remove_shards(out)
 
