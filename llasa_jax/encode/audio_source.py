@@ -24,9 +24,10 @@ class AudioSource:
 
     `name` says where it lies, in messages; its last part names its cache where there are several.
     `ids` are unique, `split_names` is each clip's split, and `faults` says of clips that cannot be
-    used why not, by index.
+    used why not, by index. One that is `read_forward` is quick in the order of its clips alone.
     """
 
+    read_forward = False
     name: str
     ids: Sequence[str]
     split_names: Sequence[str]

@@ -91,7 +91,7 @@ class FilteredAudio(AudioSource):
     def __init__(self, source: AudioSource, filters: Filters):
         self._source, self._filters = source, filters
         self.name, self.ids, self.faults = source.name, source.ids, source.faults
-        self.split_names = source.split_names
+        self.split_names, self.read_forward = source.split_names, source.read_forward
 
     def utterance(self, index: int) -> Utterance:
         return self._source.utterance(index)

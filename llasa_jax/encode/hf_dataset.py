@@ -3,7 +3,7 @@ Needs the extra `[datasets]`.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from llasa_jax.data.manifest import Clip, assign_splits, file_key
 from llasa_jax.data.seal import identity
 from llasa_jax.encode.hf_table import HFTable, load_splits
 from llasa_jax.encode.offline import MAX_CLIP_SECONDS, Job, Summary, encode_here
-from llasa_jax.encode.tables import TableAudio, check_columns, row_id
+from llasa_jax.encode.parquet_table import ParquetTable, open_parquet
+from llasa_jax.encode.tables import TableAudio, check_columns, holds_path, row_id
 from llasa_jax.errors import UserError
 
 
@@ -49,12 +50,11 @@ def import_hf_dataset(
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share is {validation_share}; give a share in [0, 1).")
     name = f"{source}:{config}" if config else str(source)
-    tables = {
-        split: HFTable(rows, str(source)) for split, rows in load_splits(source, config).items()
-    }
+    tables = _open_tables(source, config, columns)
     check_columns(name, tables, columns)
     if "audio" in columns:
         audio = TableAudio(name, tables, columns, validation_share, seed)
+        audio.read_forward = all(isinstance(table, ParquetTable) for table in tables.values())
         return encode_here(
             Job(
                 lambda: audio,
@@ -86,6 +86,20 @@ def import_hf_dataset(
         ),
     )
     return write_import(source, out, streams, codec_name, max_bad_share, made_from)
+
+
+def _open_tables(
+    source: str | os.PathLike, config: str | None, columns: dict[str, str]
+) -> Mapping[str, HFTable]:
+    """The splits, in Parquet files where they lie; those whose audio is in files of its own as
+    `load_splits` has them, for they are small and wanted in any order.
+    """
+    parquet = open_parquet(source, config)
+    if parquet and not any(holds_path(table, columns) for table in parquet.values()):
+        return parquet
+    return {
+        split: HFTable(rows, str(source)) for split, rows in load_splits(source, config).items()
+    }
 
 
 def _held_out(table: HFTable, column: str | None, share: float, seed: int) -> np.ndarray:

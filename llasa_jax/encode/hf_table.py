@@ -46,8 +46,13 @@ def load_splits(source: str | os.PathLike, config: str | None) -> dict:
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.Audio):
                 rows = rows.cast_column(column, datasets.Audio(decode=False))
-        splits[SPLIT_NAMES.get(split, re.sub(r"\W", "_", split))] = rows
+        splits[split_name(split)] = rows
     return splits
+
+
+def split_name(name: str) -> str:
+    """What we call a split of Hugging Face's."""
+    return SPLIT_NAMES.get(name, re.sub(r"\W", "_", name))
 
 
 def open_hf_audio(

@@ -161,15 +161,24 @@ def encode_here(job: Job) -> Summary:
             open_journal(job.folder, maker.source, maker.made_with) as journal,
             tqdm(desc="encode", total=clips, unit="clip") as bar,
         ):
-            for shard, look in zip(maker.shards, looked, strict=True):
-                found = maker.find(shard, look)
+            there = [maker.find(*each) for each in zip(maker.shards, looked, strict=True)]
+            done: Callable[[int], object] = bar.update
+            if maker.source.read_forward:
+                todo = [look for look, found in zip(looked, there, strict=True) if not found]
+                maker.fill(todo, journal, bar.update)
+                done = _counted
+            for shard, look, found in zip(maker.shards, looked, there, strict=True):
                 if found:
                     maker.resumed += found.examples
                     bar.update(len(shard.members))
-                made.append(found or maker.make(shard, look, journal, bar.update))
+                made.append(found or maker.make(shard, look, journal, done))
             if maker.resumed:
                 print(f"{maker.resumed} of {clips} clips were encoded by an earlier run.")
         return _seal(job, maker, made)
+
+
+def _counted(clips: int) -> None:
+    """For clips that are counted already."""
 
 
 def make_part(job: Job, first: int, count: int) -> int:

@@ -8,7 +8,7 @@ codec alone, so it does not matter who makes it, nor how often.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from llasa_jax.codec import Codec
@@ -67,6 +67,7 @@ class ShardMaker:
         self.folder = beside(out, "shards")
         self.shards = plan_shards(source.ids, source.split_names, clips_a_file)
         self.encoded = self.resumed = 0
+        self._filled: set[int] = set()
         self._max_clip_seconds = settings.max_clip_seconds
         self._skipped = Skipped(quiet=True)
         workers = min(settings.workers, max(len(source), 1))
@@ -124,10 +125,7 @@ class ShardMaker:
         # longest come last.
         todo = [index for index in looked.good if index not in ready]
         todo.sort(key=lambda index: (source.key(index)[1], source.ids[index]))
-        if todo:
-            groups = (([planned(source.utterance(index), (0, index))], None) for index in todo)
-            for _ in self._start(journal).encode(groups, AHEAD):
-                done(1)
+        self._encode(todo, journal, done)
         bad = self._skipped.of(0) & members
         good = [index for index in looked.good if index not in bad]
         lines = [line for line in self._skipped.lines if line["id"] in {source.ids[i] for i in bad}]
@@ -144,9 +142,27 @@ class ShardMaker:
                 yield record_of(source.utterance(index), codes)
 
         made = write_shard(self.folder, shard, records(), looked.made_from, lines)
-        self.encoded += len(good) - len(ready)
-        self.resumed += len(ready)
+        now = len(good) - len(ready - self._filled)
+        self.encoded += now
+        self.resumed += len(good) - now
         return made
+
+    def fill(
+        self, looked: Iterable[Looked], journal: Journal, done: Callable[[int], object]
+    ) -> None:
+        """Encodes the clips of all these shards in the order of the source, for one that is
+        `read_forward`; `make` finds them in the journal.
+        """
+        todo = sorted(i for look in looked for i in look.good if journal.get(i) is None)
+        self._filled.update(todo)
+        self._encode(todo, journal, done)
+
+    def _encode(self, todo: list[int], journal: Journal, done: Callable[[int], object]) -> None:
+        if todo:
+            utterance = self.source.utterance
+            groups = (([planned(utterance(index), (0, index))], None) for index in todo)
+            for _ in self._start(journal).encode(groups, AHEAD):
+                done(1)
 
     def _start(self, journal: Journal) -> Encoder:
         if self._encoder is None:

@@ -114,7 +114,7 @@ class TableAudio(AudioSource):
         assigned = assign_splits(clips, 0.0 if "validation" in tables else validation_share, seed)
         self.split_names = [assigned[clip] for clip in self.ids]
         self._stamps = {split: _stamp(table.files) for split, table in tables.items()}
-        self._of_paths = {split for split, table in tables.items() if self._holds_path(table)}
+        self._of_paths = {s for s, table in tables.items() if holds_path(table, self._audio)}
 
     def utterance(self, index: int) -> Utterance:
         split, row = self._rows[index]
@@ -152,13 +152,6 @@ class TableAudio(AudioSource):
                 " the row out."
             )
 
-    def _holds_path(self, table: Table) -> bool:
-        """Whether a table's audio lies in files of its own, by its first row."""
-        try:
-            return len(table) > 0 and isinstance(table.audio(0, self._audio), str)
-        except UserError:
-            return False  # every row will say what is wrong
-
     def _where(self, index: int) -> str:
         return self.waves().where(self._rows[index])
 
@@ -184,6 +177,19 @@ class Rows:
 
     def where(self, place: tuple[str, int]) -> str:
         return "{}, {} row {}".format(self.name, *place)
+
+
+def holds_path(table: Table, columns: dict[str, str]) -> bool:
+    """Whether a table's audio lies in files of its own, by its first row."""
+    try:
+        return (
+            "audio" in columns
+            and len(table) > 0
+            and table.has(columns["audio"])
+            and isinstance(table.audio(0, columns), str)
+        )
+    except UserError:
+        return False  # every row will say what is wrong
 
 
 def _no_audio(where: str, column: str) -> UserError:
