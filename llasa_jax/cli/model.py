@@ -20,6 +20,7 @@ def import_hf(args) -> None:
         dtype=args.dtype,
         extend_vocab=args.extend_vocab,
         seed=args.seed,
+        new_codes=args.new_codes,
     )
 
 
@@ -78,6 +79,13 @@ def add_commands(commands) -> None:
         help="start from a text model: add the speech tokens to tokenizer and tables",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of the rows that --extend-vocab adds")
+    parser.add_argument(
+        "--new-codes",
+        choices=["mean", "levels"],
+        default="mean",
+        help="the rows of codes that --extend-vocab adds: nearly all the mean of the old ones, as"
+        " transformers makes them; or codes that sound alike begin alike",
+    )
 
     parser = add_command(
         commands,

@@ -1,25 +1,37 @@
-"""New rows for the speech tokens, as transformers' `resize_token_embeddings` draws them by default
-("mean resizing").
+"""New rows for the speech tokens of a text model.
 
-They come from the normal distribution with the old rows' mean and a billionth of their covariance,
-so that the new tokens start out nearly alike and take little probability from the old ones
-(transformers, `_init_added_embeddings_weights_with_mean`).
+By default they are drawn as transformers' `resize_token_embeddings` does ("mean resizing"): from
+the normal distribution with the old rows' mean and a billionth of their covariance, so that the new
+tokens start out nearly alike and take little probability from the old ones (transformers,
+`_init_added_embeddings_weights_with_mean`).
 """
+
+from typing import Literal
 
 import numpy as np
 
 from llasa_jax.convert.safetensors_io import SafetensorsFolder
+from llasa_jax.speech.vocab import NUM_CODES
 
 SHRINK = 1e-9
 BLOCK = 4096  # rows at a time
+LEVELS, DIGITS = 4, 8  # of XCodec2's quantiser: 4 ** 8 codes
+
+NewCodes = Literal["mean", "levels"]
 
 
-def added_rows(checkpoint: SafetensorsFolder, table: str, count: int, seed: int) -> np.ndarray:
+def added_rows(
+    checkpoint: SafetensorsFolder, table: str, count: int, seed: int, codes: NewCodes = "mean"
+) -> np.ndarray:
     """`count` new rows [count, D] for the tensor `table` [V, D], in its dtype. The table is read
     twice, in blocks.
 
     Statistics are in float32, as in HF. Where the covariance is not positive definite, above all
     with fewer rows than columns, every new row is the mean, as in HF.
+
+    With `codes` "levels" the last rows, those of the 65,536 codes, are the mean and the sum of one
+    random vector for each of a code's eight digits, as spread out as the old rows. Codes with
+    digits in common then begin alike, so that those that are rare learn from the others.
     """
     tensor = checkpoint.tensors[table]
     if not count:
@@ -48,4 +60,12 @@ def added_rows(checkpoint: SafetensorsFolder, table: str, count: int, seed: int)
         if not failed:
             drawn = drawn + torch.randn(len(part), width, generator=generator) @ factor.T
         part[...] = drawn.numpy().astype(tensor.dtype)
+    if codes == "levels":
+        spread = covariance.diagonal().sqrt() / DIGITS**0.5
+        vectors = torch.randn(DIGITS, LEVELS, width, generator=generator) * spread
+        numbers = torch.arange(NUM_CODES)
+        of_codes = mean.expand(NUM_CODES, width).clone()
+        for digit, vector in enumerate(vectors):
+            of_codes += vector[numbers // LEVELS**digit % LEVELS]
+        new[-NUM_CODES:] = of_codes.numpy().astype(tensor.dtype)
     return new

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llasa_jax.convert.extend_vocab import added_rows
+from llasa_jax.convert.extend_vocab import NewCodes, added_rows
 from llasa_jax.convert.hf_config import model_config
 from llasa_jax.convert.hf_files import (
     CONFIG,
@@ -48,18 +48,21 @@ def import_hf(
     dtype: str | None = None,
     extend_vocab: bool = False,
     seed: int = 0,
+    new_codes: NewCodes = "mean",
 ) -> None:
     """Makes the model's folder `destination` from `source`, an HF checkpoint's folder or hub id.
 
     Weights stay in their own types, bit for bit, unless `dtype` ("float32", "bfloat16", "float16")
     is given. `extend_vocab` adds Llasa's speech tokens to a text model's tokenizer and tables, with
-    rows drawn by `seed`. At most four tensors, of tables a piece, are in memory at a time, whatever
-    the model's size. Raises UserError for what is no such checkpoint; then nothing is left behind.
-    Warns of a NaN in a weight, and of a head beside a tied embedding that differs from it. Given
-    again when it is done, does nothing.
+    rows drawn by `seed`, those of the codes as `added_rows` says of `new_codes`. At most four
+    tensors, of tables a piece, are in memory at a time, whatever the model's size. Raises UserError
+    for what is no such checkpoint; then nothing is left behind. Warns of a NaN in a weight, and of
+    a head beside a tied embedding that differs from it. Given again when it is done, does nothing.
     """
+    if new_codes != "mean" and not extend_vocab:
+        raise UserError("--new-codes says how codes are added; give it with --extend-vocab")
     folder, name = locate(source)
-    made_from = identity("import-hf", dtype, extend_vocab, seed, state_of(folder))
+    made_from = identity("import-hf", dtype, extend_vocab, seed, new_codes, state_of(folder))
     if is_made(as_path(destination), made_from):
         return
     files = small_files(folder)
@@ -105,7 +108,7 @@ def import_hf(
         def convert(item: tuple[str, Place]) -> list[str]:
             name, place = item
             count = config.vocab_size - old_vocab if place.path in ("embed", "head") else 0
-            added = added_rows(checkpoint, name, count, seed)
+            added = added_rows(checkpoint, name, count, seed, new_codes)
             return _import_tensor(
                 checkpoint, name, place, config, dtypes[place.path], writer, added, own.memory
             )

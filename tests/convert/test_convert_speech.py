@@ -77,6 +77,8 @@ def test_extension_keeps_old_rows_and_adds_the_speech_tokens(extended, tokenizer
 
 
 def test_extension_is_only_for_text_models(extended, tmp_path):
+    with pytest.raises(UserError, match="--new-codes .* give it with --extend-vocab"):
+        import_hf(extended / "text", tmp_path / "model", new_codes="levels")
     with pytest.raises(UserError, match="has the speech tokens already"):
         import_hf(extended / "out", tmp_path / "model", extend_vocab=True)
     moved = []
@@ -116,6 +118,29 @@ def test_new_rows_are_those_of_transformers(tmp_path, singular):
         np.array_equal(ours, added_rows(SafetensorsFolder(tmp_path), EMBED, 300, seed=12))
         is singular
     )
+
+
+def test_new_codes_are_sums_over_their_digits(tmp_path):
+    """As spread out as the old rows, in each column, and alike where digits are.
+
+    Tolerance: the 32 vectors' own spread varies by an eighth of it.
+    """
+    torch.manual_seed(3)
+    old = torch.randn(5000, 64) * torch.linspace(0.01, 0.1, 64) + 0.5
+    save_file({EMBED: old}, tmp_path / SINGLE)
+    folder = SafetensorsFolder(tmp_path)
+    new = added_rows(folder, EMBED, NUM_CODES + 8, seed=11, codes="levels")
+    np.testing.assert_array_equal(new[:8], added_rows(folder, EMBED, NUM_CODES + 8, seed=11)[:8])
+    codes = new[8:]
+    other_digit = codes[1::4] - codes[::4]
+    assert np.abs(other_digit).max() > 0.01
+    np.testing.assert_allclose(
+        other_digit, np.broadcast_to(other_digit[0], other_digit.shape), atol=1e-6
+    )
+    ratio = codes.std(0) / old.std(0).numpy()
+    assert 0.8 < ratio.mean() < 1.2
+    assert ratio.std() < 0.25
+    np.testing.assert_allclose(codes.mean(0), 0.5, atol=0.2)
 
 
 def test_card_snippet_speaks(extended):
