@@ -93,7 +93,7 @@ class Speaker:
         """Speaks with these weights from now on, of the same shapes, types and devices as those
         before: nothing is compiled again. Not while a line is spoken.
         """
-        self._params = params
+        self.params = params
         # The last rows that were used: they hold a part of the head.
         self._make_rows = lru_cache(maxsize=1)(partial(Rows, self._graphdef, params, self.vocab))
 

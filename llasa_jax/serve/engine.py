@@ -67,10 +67,12 @@ class Request:
 
 
 class Swap:
-    """Weights that the engine is to go on with, and whether it does."""
+    """Weights that the engine is to go on with, whether it does, and the only request that is to be
+    spoken with them, if it is only one.
+    """
 
-    def __init__(self, params: dict):
-        self.params, self.done = params, threading.Event()
+    def __init__(self, params: dict, only: Request | None):
+        self.params, self.only, self.done = params, only, threading.Event()
 
 
 class Engine:
@@ -94,6 +96,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._speaking: set[Request] = set()
         self._next: Swap | None = None
+        self._only: Request | None = None
         self._loading = threading.Lock()
         self._closed = False
         self.failure: BaseException | None = None
@@ -113,10 +116,25 @@ class Engine:
             self._waiting.append(request)
             self._changed.notify()
 
-    def say(self, line: Line, seed: int) -> Speech:
-        """Waits for the whole speech of a line. Raises as `submit`, and what goes wrong."""
+    def say(self, line: Line, seed: int, step: int | None = None) -> Speech:
+        """Waits for the whole speech of a line, with the weights of another checkpoint of the run
+        where `step` names one; other requests wait meanwhile, and go on with those before. Raises
+        as `submit` and `load`, and what goes wrong.
+        """
         given: queue.Queue = queue.Queue()
-        self.submit(Request(line, seed, False, given.put))
+        request = Request(line, seed, False, given.put)
+        if step is None:
+            return self._whole(request, given)
+        with self._loading:
+            before = self.speaker.params
+            self._swap(self.speaker.weights(step), request)
+            try:
+                return self._whole(request, given)
+            finally:
+                self._swap(before)
+
+    def _whole(self, request: Request, given: queue.Queue) -> Speech:
+        self.submit(request)
         while not isinstance(item := given.get(), Speech):
             if isinstance(item, Exception):
                 raise item
@@ -128,13 +146,16 @@ class Engine:
         meanwhile. Where it fails, the weights stay. UserError where there is no such checkpoint.
         """
         with self._loading:
-            swap = Swap(self.speaker.weights(step))
-            with self._changed:
-                self._next = swap
-                self._changed.notify()
-            while not swap.done.wait(1.0):
-                if self.failure or self._closed:
-                    raise RuntimeError("the engine has ended")
+            self._swap(self.speaker.weights(step))
+
+    def _swap(self, params: dict, only: Request | None = None) -> None:
+        swap = Swap(params, only)
+        with self._changed:
+            self._next = swap
+            self._changed.notify()
+        while not swap.done.wait(1.0):
+            if self.failure or self._closed:
+                raise RuntimeError("the engine has ended")
 
     def drop(self, request: Request) -> None:
         """Nobody listens to `request` any more: its row is free at the next look."""
@@ -158,6 +179,7 @@ class Engine:
                 if self._next and not self._speaking:
                     self.speaker.use(self._next.params)
                     batch = self._new_batch()
+                    self._only = self._next.only
                     self._next.done.set()
                     self._next = None
                 try:
@@ -192,7 +214,9 @@ class Engine:
             self._waiting = deque(r for r in self._waiting if r not in gone)
             free = batch.rows.count - len(batch) + len(self._speaking & gone)
             free = 0 if self._next else free
-            new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            may = [r for r in self._waiting if self._only in (None, r)]
+            new = may[:free]
+            self._waiting = deque(r for r in self._waiting if r not in new)
         for request in gone & self._speaking:
             batch.drop(request)
         self._speaking -= gone

@@ -60,9 +60,9 @@ def new_page(
         body = SpeechRequest(model=model, voice=voice, input=text)
         return line_of(body, voices, engine, settings.max_text)[0]
 
-    def say(one: Line, seed: float) -> Speech:
+    def say(one: Line, seed: float, step: str | None = None) -> Speech:
         try:
-            return engine.say(one, int(seed))
+            return engine.say(one, int(seed), int(step) if step else None)
         except Busy:
             raise gr.Error(
                 "too many requests are waiting; try again", print_exception=False
@@ -98,18 +98,17 @@ def new_page(
             raise gr.Error(str(error), print_exception=False) from None
         return _audio(said), " ".join(map(str, said.codes))
 
-    def compare(trial, model_a, voice_a, model_b, voice_b, text, seed):
-        sides = f"{model_a} / {voice_a}", f"{model_b} / {voice_b}"
+    def compare(trial, model_a, voice_a, step_a, model_b, voice_b, step_b, text, seed):
+        asked = (model_a, voice_a, step_a), (model_b, voice_b, step_b)
+        a, b = (" / ".join(filter(None, side)) for side in asked)
+        sides = a, b
         if sides != trial.sides:
             trial = Trial(sides)
         trial = replace(trial, is_swapped=random.random() < 0.5, is_open=True)
         try:
-            both = [
-                say(line(model_a, voice_a, text), seed),
-                say(line(model_b, voice_b, text), seed),
-            ]
-        except (UserError, Unknown) as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            both = [say(line(model, voice, text), seed, step) for model, voice, step in asked]
+        except (UserError, OSError, RuntimeError, Unknown) as error:
+            raise gr.Error(first_line(error), print_exception=False) from None
         first, second = both[:: -1 if trial.is_swapped else 1]
         return trial, _audio(first), _audio(second), "Which is better?"
 
@@ -121,6 +120,19 @@ def new_page(
         first = before.sides[before.is_swapped]
         return trial, f"The first was {first}. {trial}"
 
+    def checkpoint(label: str) -> gr.Dropdown:
+        """A choice among the run's steps, hidden where no run is served; empty, those loaded."""
+        there = engine.speaker.steps
+        steps = gr.Dropdown(["", *map(str, there)], value="", label=label, visible=bool(there))
+        steps.focus(  # others may be there by now
+            lambda: gr.Dropdown(["", *map(str, engine.speaker.steps)]),
+            None,
+            steps,
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        return steps
+
     with gr.Blocks(title="llasa-jax", analytics_enabled=False) as page:
         with gr.Tab("Speak"):
             with gr.Row():
@@ -129,17 +141,9 @@ def new_page(
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             if engine.speaker.steps:
                 with gr.Row():
-                    step = gr.Dropdown(_steps(engine), value=None, label="Checkpoint")
+                    step = checkpoint("Checkpoint")
                     button, loaded = gr.Button("Load it for everybody"), gr.Markdown()
                 button.click(load, step, loaded, api_visibility="private")
-                # Others may be there by now.
-                step.focus(
-                    lambda: gr.Dropdown(_steps(engine)),
-                    None,
-                    step,
-                    api_visibility="private",
-                    show_progress="hidden",
-                )
             text = gr.Textbox(label="Text", lines=3)
             with gr.Accordion("Clone a voice", open=False):
                 recording = gr.Audio(label="Recording", type="numpy")
@@ -157,13 +161,15 @@ def new_page(
             )
         with gr.Tab("Compare"):
             trial = gr.State(Trial())
-            with gr.Row():
-                sides = [
-                    gr.Dropdown(names, label=f"{what} {side}")
-                    for side in "AB"
-                    for what, names in (("Model", voices.models), ("Voice", voices.names))
-                ]
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            sides = []
+            for side in "AB":
+                with gr.Row():
+                    sides += [
+                        gr.Dropdown(voices.models, label=f"Model {side}"),
+                        gr.Dropdown(voices.names, label=f"Voice {side}"),
+                        checkpoint(f"Checkpoint {side}"),
+                    ]
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             text = gr.Textbox(label="Text", lines=3)
             button = gr.Button("Speak both", variant="primary")
             with gr.Row():
@@ -190,10 +196,6 @@ def new_page(
         if work is not None:
             work_tab.add_tab(page, work)
     return page
-
-
-def _steps(engine: Engine) -> list[str]:
-    return [str(step) for step in engine.speaker.steps]
 
 
 def _audio(said: Speech) -> tuple[int, np.ndarray]:

@@ -248,7 +248,7 @@ def test_a_long_text_is_spoken_in_pieces(speaker):
         before = {"prompt_text": parts[at - 1], "prompt_codes": pieces[at - 1]} if at else {}
         prompt = prompter.opening(part, speaker="kore", **before)
         (expected,) = generate_codes(
-            speaker._graphdef, speaker._params, [prompt], speaker.vocab, 20, GREEDY
+            speaker._graphdef, speaker.params, [prompt], speaker.vocab, 20, GREEDY
         )
         np.testing.assert_array_equal(pieces[at], expected.codes)
     assert len(said.wave) == 60 * 320

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -47,12 +48,22 @@ def test_another_checkpoint_is_loaded_between_requests(new_speaker, scaled, tmp_
         assert isinstance(said, np.ndarray)
     np.testing.assert_array_equal(said.codes, first.codes)
     loader.join()
-    assert engine.say(LINE, 7).codes.tolist() != first.codes.tolist()
+    second = engine.say(LINE, 7)
+    assert second.codes.tolist() != first.codes.tolist()
     engine.load(1)
     np.testing.assert_array_equal(engine.say(LINE, 7).codes, first.codes)
     assert steps.advance._cache_size() == compiled
-    with pytest.raises(UserError, match="no checkpoint of step 3; there are 1, 2"):
-        engine.load(3)
+    for call in (engine.load, lambda step: engine.say(LINE, 7, step)):
+        with pytest.raises(UserError, match="no checkpoint of step 3; there are 1, 2"):
+            call(3)
+    # Of two at once one is to have another checkpoint: it is spoken alone, and those before stay.
+    with ThreadPoolExecutor() as pool:
+        same = pool.submit(engine.say, LINE, 7)
+        other = pool.submit(engine.say, LINE, 7, 2)
+        after = [pool.submit(engine.say, LINE, 7) for _ in range(3)]
+    for each in (same, *after):
+        np.testing.assert_array_equal(each.result().codes, first.codes)
+    np.testing.assert_array_equal(other.result().codes, second.codes)
     engine.close()
     with pytest.raises(RuntimeError, match="the engine has ended"):
         engine.load(2)

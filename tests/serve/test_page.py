@@ -111,7 +111,7 @@ def opened(speaker, *below):
 @pytest.fixture
 def page(new_speaker, runs):
     speaker = new_speaker()
-    speaker.folder, params = runs / "new", speaker._params
+    speaker.folder, params = runs / "new", speaker.params
     for step in (3, 6):  # Two checkpoints, which say different things.
         (speaker.folder / "checkpoints" / str(step)).mkdir(parents=True)
     speaker._read = lambda step: params | {"head": params["head"] * (1 if step == 3 else -1)}
@@ -130,7 +130,7 @@ def test_texts_are_spoken_and_compared_in_a_browser(page, runs):
         "codes => [...document.querySelectorAll('textarea')].some(t => t.value == codes)",
         arg=codes,
     )
-    tab.get_by_label("Checkpoint").click()
+    tab.get_by_label("Checkpoint", exact=True).click()
     tab.get_by_role("option", name="6").click()
     tab.get_by_role("button", name="Load it for everybody").click()
     tab.get_by_text("from now on is of step 6").wait_for()
@@ -139,11 +139,13 @@ def test_texts_are_spoken_and_compared_in_a_browser(page, runs):
     tab.get_by_role("button", name="Speak", exact=True).click()
     tab.get_by_text("has no text").first.wait_for()
     tab.get_by_role("tab", name="Compare").click()
+    tab.get_by_label("Checkpoint A", exact=True).click()
+    tab.get_by_role("option", name="3").locator("visible=true").click()
     tab.locator("textarea:visible").first.fill("dog")
     tab.get_by_role("button", name="Speak both").click()
     tab.get_by_text("Which is better?").wait_for()
     tab.get_by_role("button", name="No difference").click()
-    tab.get_by_text("no difference: 1").wait_for()
+    tab.get_by_text("tiny / default / 3: 0, tiny / default: 0, no difference: 1").wait_for()
     tab.get_by_role("tab", name="Runs").click()
     tab.get_by_text("Step 3, 3 samples.").wait_for()
     tab.get_by_text("0:00").last.wait_for()  # the newest, by itself
