@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 from typing import Any, cast
@@ -114,10 +115,10 @@ class _Processes:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
             target=_work,
-            args=(self._job, self._devices[number], number, len(self._devices), theirs),
+            args=(self._job, self._devices[number], theirs),
             name="llasa-jax encoder",
         )
-        with without_main():
+        with without_main(), _cores_of(self._devices[number], number, len(self._devices)):
             process.start()
         theirs.close()
         self._busy[ours] = number, None, process
@@ -145,17 +146,31 @@ class _Processes:
             pipe.close()
 
 
-def _work(job: Job, device: str, number: int, count: int, pipe) -> None:
+@contextlib.contextmanager
+def _cores_of(device: str, number: int, count: int) -> Iterator[None]:
+    """A process that starts inside has the `number`-th of `count` shares of the cores where its
+    device is the CPU. From its start: libraries of linear algebra make a thread for each core that
+    they find as they are loaded, and the threads of two cores wait for each other on one, spinning.
+    """
+    if device != "cpu" or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number::count] or cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _work(job: Job, device: str, pipe) -> None:
     """A process's life: opens the job, then makes the shards whose numbers it receives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu" and hasattr(os, "sched_setaffinity"):
         import torch
 
-        cores = sorted(os.sched_getaffinity(0))
-        share = cores[number::count] or cores
-        os.sched_setaffinity(0, share)
-        torch.set_num_threads(len(share))
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         with dataclasses.replace(job, device=device).open() as maker:
             pipe.send(("ready", codec_metadata(maker.codec)))

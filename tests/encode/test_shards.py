@@ -21,7 +21,7 @@ from llasa_jax.data.shards import plan_shards, seal_dataset, write_shard
 from llasa_jax.encode.append import append
 from llasa_jax.encode.filters import Filters
 from llasa_jax.encode.offline import Job, encode_here, make_part, seal
-from llasa_jax.encode.processes import all_devices, encode_on
+from llasa_jax.encode.processes import _cores_of, all_devices, encode_on
 from llasa_jax.encode.sources import ManifestAudio
 from llasa_jax.errors import UserError
 from llasa_jax.speech.audio import read_audio, write_audio
@@ -134,6 +134,22 @@ def test_two_processes(tmp_path, manifest, wanted):
     assert bytes_of(tmp_path / "out") == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.bad.jsonl"]
     assert encode_on(job, ["cpu"]).resumed == 15  # done already
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone has it")
+def test_a_process_has_its_share_of_the_cores_from_its_start():
+    """Not only once its libraries have made a thread for each core of the machine."""
+    cores, shares = os.sched_getaffinity(0), []
+    program = "import os; print(*os.sched_getaffinity(0))"
+    for number in range(2):
+        with _cores_of("cpu", number, 2):
+            said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        shares.append(set(map(int, said.stdout.split())))
+    assert shares[0] | shares[1] == cores
+    assert len(cores) == 1 or shares[0].isdisjoint(shares[1])
+    assert os.sched_getaffinity(0) == cores
+    with _cores_of("cuda:0", 0, 2):
+        assert os.sched_getaffinity(0) == cores
 
 
 @pytest.mark.slow
