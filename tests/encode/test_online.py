@@ -598,6 +598,7 @@ def opened(model, out, manifest, codec, cache, **changes):
     )
 
 
+@pytest.mark.soak
 def test_training_online_with_the_codec_in_jax_is_training_offline(
     model, codec_folder, manifest, tmp_path
 ):
