@@ -30,6 +30,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llasa_jax.codec import load_codec
+from llasa_jax.convert.extend_vocab import sums_over_digits
 from llasa_jax.demo import CODEC
 from llasa_jax.demo.tiny_llama import SAMPLE_TEXT, make_tiny_llama, make_tiny_tokenizer
 from llasa_jax.speech.audio import SAMPLE_RATE, read_audio
@@ -135,10 +136,9 @@ def structured_codes(folder: Path, seed: int) -> None:
     tensors = load_file(file)
     base = SpeechVocab.of(AutoTokenizer.from_pretrained(folder)).code_base
     width = tensors[name].shape[1]
-    digits = np.arange(NUM_CODES)[:, None] // 4 ** np.arange(8) % 4
     vectors = np.random.default_rng(seed).normal(0, 0.02 / np.sqrt(8), (8, 4, width))
-    rows = sum(vectors[place, digits[:, place]] for place in range(8))
-    tensors[name][base : base + NUM_CODES] = torch.from_numpy(rows.astype(np.float32))
+    rows = sums_over_digits(vectors).astype(np.float32)
+    tensors[name][base : base + NUM_CODES] = torch.from_numpy(rows)
     save_file(tensors, file, {"format": "pt"})
 
 

@@ -20,6 +20,14 @@ LEVELS, DIGITS = 4, 8  # of XCodec2's quantiser: 4 ** 8 codes
 NewCodes = Literal["mean", "levels"]
 
 
+def sums_over_digits(vectors_NLD: np.ndarray) -> np.ndarray:
+    """A row for each of the 65,536 codes [codes, D]: the sum of one vector for each of its eight
+    digits N, of four levels L.
+    """
+    codes = np.arange(NUM_CODES)
+    return sum(vector_LD[codes // LEVELS**n % LEVELS] for n, vector_LD in enumerate(vectors_NLD))
+
+
 def added_rows(
     checkpoint: SafetensorsFolder, table: str, count: int, seed: int, codes: NewCodes = "mean"
 ) -> np.ndarray:
@@ -63,9 +71,6 @@ def added_rows(
     if codes == "levels":
         spread = covariance.diagonal().sqrt() / DIGITS**0.5
         vectors = torch.randn(DIGITS, LEVELS, width, generator=generator) * spread
-        numbers = torch.arange(NUM_CODES)
-        of_codes = mean.expand(NUM_CODES, width).clone()
-        for digit, vector in enumerate(vectors):
-            of_codes += vector[numbers // LEVELS**digit % LEVELS]
-        new[-NUM_CODES:] = of_codes.numpy().astype(tensor.dtype)
+        of_codes = mean.numpy() + sums_over_digits(vectors.numpy())
+        new[-NUM_CODES:] = of_codes.astype(tensor.dtype)
     return new
