@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from llasa_jax.errors import UserError
-from llasa_jax.runtime.files import parse_json, read_json, read_text
+from llasa_jax.runtime.files import read_json
 from llasa_jax.runtime.storage import is_remote
-from llasa_jax.runtime.writing import take_lock, write_whole
+from llasa_jax.runtime.writing import read_rows, take_lock, write_whole
 
 SETTINGS, ROWS = "samples.json", "samples.jsonl"
 
@@ -22,16 +22,9 @@ class SampleJournal:
 
     def __init__(self, folder: Path):
         self.rows: dict[str, dict] = {}
-        path = folder / ROWS
-        if path.is_file():
-            text = read_text(path, "the samples", limit=2**34)
-            if not text.endswith("\n"):  # what a killed process left half written
-                text = text[: text.rfind("\n") + 1]
-                write_whole(path, text)
-            fix = "delete the line, and its text is spoken again"
-            for number, line in enumerate(text.splitlines(), 1):
-                row = parse_json(line, f"{path}, line {number}", fix=fix)
-                self.rows[row["id"]] = row
+        path, fix = folder / ROWS, "delete the line, and its text is spoken again"
+        for row in read_rows(path, "the samples", fix=fix, limit=2**34):
+            self.rows[row["id"]] = row
         self._file = path.open("ab", buffering=0)
 
     def add(self, row: dict) -> None:

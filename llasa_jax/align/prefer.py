@@ -23,10 +23,9 @@ from llasa_jax.data.seal import check_unfinished, identity, is_made
 from llasa_jax.encode.offline import codec_metadata
 from llasa_jax.errors import UserError
 from llasa_jax.evaluate.checkpoints import line_of, mentioned_by, texts_fingerprint
-from llasa_jax.evaluate.recognisers import language_code
 from llasa_jax.evaluate.references import References
 from llasa_jax.evaluate.scorers import DEFAULT_SCORERS, Scores, Scoring
-from llasa_jax.evaluate.texts import Item, read_items
+from llasa_jax.evaluate.texts import Item, items_to_speak
 from llasa_jax.generate.continuous import run_continuous
 from llasa_jax.generate.files import identity as model_identity
 from llasa_jax.generate.line import Line
@@ -76,11 +75,7 @@ def prefer(
     """
     if sampling.temperature == 0:
         raise UserError("at temperature 0 all samples are the same; give one above 0, such as 1.1")
-    items = read_items(texts, most)
-    items = [dataclasses.replace(item, speaker=item.speaker or speaker) for item in items]
-    languages = {item.language for item in items}
-    language = language or (languages.pop() if len(languages) == 1 else "")
-    language_code(language)  # refused before anything large is loaded
+    items, language = items_to_speak(texts, most, speaker, language)
     drawn = {
         "model": model_identity(model, step),
         "texts": texts_fingerprint(items),
@@ -195,11 +190,7 @@ def draw(
 
 
 def _row(item: Item, said: Sequence[Said], scores: Scores, higher: dict[str, bool]) -> dict:
-    """What is kept of a text: its samples with their scores; JSON has no NaN."""
-
-    def number(value: float) -> float | None:
-        return float(value) if math.isfinite(value) else None
-
+    """What is kept of a text: its samples with their scores."""
     return {
         "id": item.id,
         "prompt": packed(said[0].prompt),
@@ -210,7 +201,7 @@ def _row(item: Item, said: Sequence[Said], scores: Scores, higher: dict[str, boo
                 "stopped": one.stopped,
                 "logprob": one.logprob,
                 "transcript": scores.transcripts[at],
-                "scores": {name: number(values[at]) for name, values in scores.numbers.items()},
+                "scores": scores.of(at),
             }
             for at, one in enumerate(said)
         ],

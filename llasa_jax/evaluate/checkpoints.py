@@ -11,9 +11,8 @@ from llasa_jax.codec import DEFAULT_CODEC, Codec, load_codec
 from llasa_jax.convert.model_folder import open_model, saved_steps
 from llasa_jax.errors import UserError
 from llasa_jax.evaluate.evaluation import Evaluation, Spoken, Voice
-from llasa_jax.evaluate.recognisers import language_code
 from llasa_jax.evaluate.scorers import DEFAULT_SCORERS, Scoring
-from llasa_jax.evaluate.texts import Item, read_items
+from llasa_jax.evaluate.texts import Item, items_to_speak
 from llasa_jax.generate.sampling import SamplingSettings
 from llasa_jax.generate.speaker import Line, Speaker, check_codec, load
 from llasa_jax.runtime.files import folder_digest
@@ -48,13 +47,9 @@ def evaluate(
     none. Returns the results (see `results.summarise`). The same call goes on where it was ended.
     Raises UserError for bad input.
     """
-    items = read_items(texts, most)
-    items = [dataclasses.replace(item, speaker=item.speaker or speaker) for item in items]
+    items, language = items_to_speak(texts, most, speaker, language)
     sampling = sampling or SamplingSettings()
     chosen = chosen_steps(model, steps)
-    languages = {item.language for item in items}
-    language = language or (languages.pop() if len(languages) == 1 else "")
-    language_code(language)  # refused before anything large is loaded
     opened = open_model(model)
     sound = load_codec(codec, device)
     check_codec(as_path(model), sound)

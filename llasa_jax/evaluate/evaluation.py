@@ -5,7 +5,6 @@ clip that is scored; `clips/CHECKPOINT/NUMBER.flac`; and at the end `results.jso
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,8 +22,8 @@ from llasa_jax.evaluate.results import CEILING, summarise
 from llasa_jax.evaluate.results_page import write_page
 from llasa_jax.evaluate.scorers import Scores, Scoring
 from llasa_jax.evaluate.texts import Item
-from llasa_jax.runtime.files import parse_json, read_json, read_text
-from llasa_jax.runtime.writing import new_file, take_lock, write_whole
+from llasa_jax.runtime.files import read_json
+from llasa_jax.runtime.writing import new_file, read_rows, take_lock, write_whole
 from llasa_jax.speech.audio import read_audio, write_audio
 
 SETTINGS, ROWS, RESULTS, PAGE = "evaluation.json", "rows.jsonl", "results.json", "index.html"
@@ -124,14 +123,14 @@ class Evaluation:
     def _finish(
         self, checkpoint: str, spoken: Sequence[Spoken], scores: Future[Scores], rows: dict, file
     ) -> None:
-        numbers, transcripts = scores.result()
+        found = scores.result()
         for at, each in enumerate(spoken):
             name = self.items[each.item].id
             row = {"checkpoint": checkpoint, "id": name, "item": each.item}
-            row |= {key: _or_none(values[at]) for key, values in numbers.items()}
+            row |= found.of(at)
             row |= {
                 "stopped": None if each.stopped is None else float(each.stopped),
-                "transcript": transcripts[at],
+                "transcript": found.transcripts[at],
             }
             row["clip"] = _clip(checkpoint, each.item) if len(each.wave) else None
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
@@ -189,19 +188,9 @@ class Evaluation:
                 )
 
     def _read_rows(self) -> dict[tuple[str, str], dict]:
-        """The rows that are there. A last line that a killed process left half written goes."""
-        path = self.out / ROWS
-        if not path.is_file():
-            return {}
-        text = read_text(path, "the evaluation's rows", limit=2**30)
-        if not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]
-            write_whole(path, text)
+        """The rows that are there, by checkpoint and text."""
         fix = "delete the line, and its clip is spoken again"
-        found = [
-            parse_json(line, f"{path}, line {number}", fix=fix)
-            for number, line in enumerate(text.splitlines(), 1)
-        ]
+        found = read_rows(self.out / ROWS, "the evaluation's rows", fix=fix, limit=2**30)
         return {(row["checkpoint"], row["id"]): row for row in found}
 
 
@@ -218,8 +207,3 @@ def _batches(spoken: Iterable[Spoken], size: int) -> Iterator[list[Spoken]]:
 
 def _clip(checkpoint: str, item: int) -> str:
     return os.path.join("clips", checkpoint, f"{item:05}.flac")
-
-
-def _or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None

@@ -1,5 +1,6 @@
 """Scorers: speech, its text and a reference in, numbers out; by name, and checked when loaded."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -123,6 +124,13 @@ class Scores(NamedTuple):
 
     numbers: dict[str, np.ndarray]
     transcripts: list[str]
+
+    def of(self, at: int) -> dict[str, float | None]:
+        """The numbers of one wave, for JSON, which has no NaN: that is None."""
+        return {
+            name: float(values[at]) if math.isfinite(values[at]) else None
+            for name, values in self.numbers.items()
+        }
 
 
 class Scoring:

@@ -1,13 +1,14 @@
 """What an evaluation speaks: a list of texts, Seed-TTS-eval's lists, or records of a dataset."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from llasa_jax.data.records import open_utterances
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.recognisers import language_code
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.files import parse_json, read_text
 from llasa_jax.runtime.storage import as_path
@@ -36,6 +37,17 @@ FORMS = (
     " (id|prompt text|prompt wav|text), or DATASET:SPLIT"
 )
 KEYS = {field.name for field in fields(Item)} - {"recording"} | {"audio"}
+
+
+def items_to_speak(texts: str, most: int, speaker: str, language: str) -> tuple[list[Item], str]:
+    """`read_items`, those that name nobody spoken by `speaker`; and `language`, or if it is "" that
+    of the items, where it is one. UserError as `read_items` and `language_code`.
+    """
+    items = [replace(item, speaker=item.speaker or speaker) for item in read_items(texts, most)]
+    languages = {item.language for item in items}
+    language = language or (languages.pop() if len(languages) == 1 else "")
+    language_code(language)  # refused before anything large is loaded
+    return items, language
 
 
 def read_items(texts: str, most: int = 0) -> list[Item]:

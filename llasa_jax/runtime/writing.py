@@ -10,7 +10,7 @@ from pathlib import Path
 from llasa_jax.errors import UserError
 from llasa_jax.runtime import storage
 from llasa_jax.runtime.bucket_files import new_bucket_file, new_bucket_folder
-from llasa_jax.runtime.files import FULL, explain
+from llasa_jax.runtime.files import FULL, explain, parse_json, read_text
 
 
 def take_lock(file) -> bool | None:
@@ -99,6 +99,23 @@ def write_whole(path: Path, content: str | bytes) -> None:
         return
     with new_file(path) as partial:
         partial.write_bytes(content)
+
+
+def read_rows(path: Path, name: str, *, fix: str, limit: int) -> list[dict]:
+    """The rows of a file to which lines of JSON are appended; none where it is not there. A last
+    line that a killed process left half written is taken off the file. `name`, `fix` and `limit`
+    (bytes) are those of `read_text` and `parse_json`, whose UserErrors it raises.
+    """
+    if not path.is_file():
+        return []
+    text = read_text(path, name, limit=limit)
+    if not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        write_whole(path, text)
+    return [
+        parse_json(line, f"{path}, line {number}", fix=fix)
+        for number, line in enumerate(text.splitlines(), 1)
+    ]
 
 
 def is_partial(path: Path) -> bool:
