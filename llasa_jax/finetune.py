@@ -18,6 +18,7 @@ from llasa_jax.encode.devices import share_gpu
 from llasa_jax.encode.mixture import codec_of, open_sources
 from llasa_jax.encode.online_cache import open_encoder
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.texts import read_items
 from llasa_jax.inspect.doctor import examine_before_training
 from llasa_jax.model.lora import Adapter
 from llasa_jax.model.settings import LoraSettings
@@ -53,6 +54,8 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
         check_buckets(settings)
         join_hosts(settings, stop)
         settings, adapter = begin_with(settings)
+        if settings.align.loss == "grpo":
+            return finetune_by_speaking(settings, adapter, stop)
         # Sources: opened once, for the checks and for training.
         records, validation = open_sources(settings.sources, settings.data.online)
         # Checks: what the hosts see, what the data says, what model, mesh and data say together.
@@ -66,6 +69,17 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
         codec = codec_of(settings.sources, encoder.codec if encoder else None)
         with out_of_memory_explained(settings):
             return loop.run(job, codec, adapter=adapter, encoder=encoder, stop=stop)
+
+
+def finetune_by_speaking(settings: Settings, adapter: Adapter | None, stop: StopSignal) -> Path:
+    """`finetune` where the data are texts that the model speaks while it is trained."""
+    items: Sequence = read_items(settings.data.path)
+    job = prepare.prepare(settings, [items])
+    assert job.rollouts is not None
+    codec = job.rollouts.codec
+    with out_of_memory_explained(settings):
+        about = {"codec": codec.name, "fingerprint": codec.fingerprint}
+        return loop.run(job, about, adapter=adapter, stop=stop)
 
 
 def check_buckets(settings: Settings) -> None:

@@ -38,8 +38,75 @@ class DpoSettings:
 
 
 @dataclass(frozen=True)
+class RewardSettings:
+    """One part of the reward of GRPO."""
+
+    score: str = "cer"
+    """A number that one of align.grpo.scorers measures, such as cer, wer, similarity or ovrl."""
+    shape: Literal["tanh", "exp", "plain"] = "plain"
+    """What becomes of it: tanh is 1 - tanh(scale x score) and exp is e^(-scale x score), for what
+    is better low; plain is scale x score, for what is better high. Below 0 is 0."""
+    scale: float = setting(1.0, above=0, high=1_000_000)
+    """What the score is multiplied by first."""
+    weight: float = setting(1.0, above=0, high=1_000_000)
+    """What the part counts, relative to the others."""
+
+
+REWARDS = [RewardSettings("cer", "tanh", 3.0), RewardSettings("similarity")]
+
+
+@dataclass(frozen=True)
 class GrpoSettings:
-    """Group relative policy optimisation, where align.loss is grpo."""
+    """Group relative policy optimisation, where align.loss is grpo. The texts are data.path, in any
+    form that evaluate takes, and the codec is log.codec.
+    """
+
+    samples: int = setting(8, low=2, high=1024)
+    """Speeches of each text; 4 to 12 are usual."""
+    texts: int = setting(4, low=1, high=65536)
+    """Texts of a round. All their speeches must fit into one step's rows."""
+    temperature: float = setting(1.1, above=0, high=1000)
+    """Of the sampling: speeches must differ."""
+    top_k: int = setting(75, low=0, high=1_000_000)
+    """Draw among the so many most probable codes alone; 0, among all."""
+    top_p: float = setting(0.9, above=0, high=1)
+    """Draw among the most probable codes that together have this probability."""
+    rows: int = setting(8, low=1, high=1024, resume=True)
+    """Speeches drawn at once; more are faster where memory allows."""
+    scorers: list[str] = setting(lambda: ["whisper", "wavlm"])
+    """What measures the speech, as evaluate.scorers. Judge the result by others."""
+    device: str = setting(
+        "cpu",
+        pattern=r"(cpu|cuda|mps|xpu|hpu)(:\d{1,3})?",
+        words="a device as PyTorch names it, such as cpu or cuda:1",
+        resume=True,
+    )
+    """Device of the scorers, which run in a process of their own."""
+    language: str = setting("")
+    """Language of the texts, such as en or zh; empty, unknown."""
+    rewards: list[RewardSettings] = setting(list)
+    """The parts of the reward; none given, 1 - tanh(3 x cer) and similarity."""
+    combine: Literal["harmonic", "mean"] = "harmonic"
+    """How they become one: their harmonic mean, in which a bad part cannot be made up for, or the
+    plain one."""
+    unstopped: float = setting(1.0, low=0, high=1000)
+    """What is taken off the reward of a speech that the model did not end by itself."""
+    pace: float = setting(0.0, low=0, high=1000)
+    """What is taken off for each factor of e by which a speech is longer or shorter than
+    free_pace allows."""
+    free_pace: float = setting(2.0, low=1, high=1000)
+    """A speech may be this many times as long as reading the text takes, or as short, for free."""
+    patience: int = setting(20, low=0, high=1_000_000, resume=True)
+    """Stop after so many rounds in a row in which no text's speeches differ in reward, or which the
+    two settings below call astray; 0, never."""
+    least_stopped: float = setting(0.2, low=0, high=1, resume=True)
+    """A round is astray where the model has ended less than this share of its speeches."""
+    most_pace: float = setting(4.0, low=1, high=1000, resume=True)
+    """And where the median speech takes this many times as long as reading its text, or as
+    short."""
+    audio_every: int = setting(0, low=0, high=1_000_000_000, resume=True)
+    """Keep the sound of every so many rounds beside their codes and scores, which are always kept;
+    0, none."""
 
     epsilon_low: float = setting(0.2, above=0, below=1)
     """A speech is made less probable only until the ratio of its tokens' probabilities to those
@@ -61,16 +128,33 @@ class GrpoSettings:
     updates: int = setting(1, low=1, high=64)
     """Steps on the same speeches, before new ones are drawn."""
 
+    def check(self, name: str) -> None:
+        if not self.scorers:
+            raise UserError(f"{name}.scorers is empty; name one at least")
+
+    @property
+    def parts(self) -> list[RewardSettings]:
+        """The parts of the reward, those by default included."""
+        return self.rewards or REWARDS
+
 
 @dataclass(frozen=True)
 class AlignSettings:
     """Which loss is trained with."""
 
-    loss: Literal["supervised", "dpo"] = "supervised"
+    loss: Literal["supervised", "dpo", "grpo"] = "supervised"
     """supervised: cross-entropy of every clip. dpo: of pairs, which `llasa-jax prefer` makes, the
-    better one is made more probable than the worse one."""
+    better one is made more probable than the worse one. grpo: the model speaks texts while it is
+    trained, and what is rated above the mean of its text becomes more probable."""
     dpo: DpoSettings = group(DpoSettings)
+    grpo: GrpoSettings = group(GrpoSettings)
 
     def check(self, name: str) -> None:
-        if self.loss != "dpo" and self.dpo != DpoSettings():
-            raise UserError(f"{name}.dpo is set, but {name}.loss is {self.loss}; set it to dpo")
+        for loss, given, default in (
+            ("dpo", self.dpo, DpoSettings()),
+            ("grpo", self.grpo, GrpoSettings()),
+        ):
+            if self.loss != loss and given != default:
+                raise UserError(
+                    f"{name}.{loss} is set, but {name}.loss is {self.loss}; set it to {loss}"
+                )

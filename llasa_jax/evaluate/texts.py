@@ -44,10 +44,17 @@ def items_to_speak(texts: str, most: int, speaker: str, language: str) -> tuple[
     of the items, where it is one. UserError as `read_items` and `language_code`.
     """
     items = [replace(item, speaker=item.speaker or speaker) for item in read_items(texts, most)]
+    return items, language_of(items, language)
+
+
+def language_of(items: Sequence[Item], language: str) -> str:
+    """`language`, or if it is "" that of the items, where it is one. UserError for one that no
+    recogniser could know, before anything large is loaded.
+    """
     languages = {item.language for item in items}
     language = language or (languages.pop() if len(languages) == 1 else "")
-    language_code(language)  # refused before anything large is loaded
-    return items, language
+    language_code(language)
+    return language
 
 
 def read_items(texts: str, most: int = 0) -> list[Item]:

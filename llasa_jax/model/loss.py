@@ -37,9 +37,9 @@ class Loss(Protocol):
     def shares(
         self, rows: Rows, totals: Any, features: Factors, tables: Factors, **sizes
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Of the rows of a micro-batch: their share of the loss, and of numbers to be logged, of
-        which `accuracy` must be one. Over all micro-batches they add up. `features`, `tables` and
-        `sizes` are the arguments of `chunked_cross_entropy`.
+        """Of the rows of a micro-batch: their share of the loss, and of numbers to be logged. Over
+        all micro-batches they add up. `features`, `tables` and `sizes` are the arguments of
+        `chunked_cross_entropy`.
         """
 
 

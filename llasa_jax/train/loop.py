@@ -29,7 +29,7 @@ from llasa_jax.train.prepare import VALIDATION_LOSS, Job, Records, prepare
 from llasa_jax.train.progress import LossAlarm, Progress, Throughput, on_host, say
 from llasa_jax.train.samples import Samples
 from llasa_jax.train.settings import Settings
-from llasa_jax.train.state import TrainState, begin
+from llasa_jax.train.state import TrainState, begin, speaking
 
 AHEAD = 16  # batches made before they are asked for: more than one window of clips fills
 
@@ -93,6 +93,8 @@ def run(
             ):
                 if on_pairs:
                     reference.complete(job, state)
+                if job.rollouts:
+                    job.rollouts.begin(speaking(job, state))
                 spent = Goodput(began, metrics.before, metrics.reached)
                 loop = Loop(
                     job, state, data, held_out, pipeline, checkpoints, metrics, held, stop, spent
@@ -217,6 +219,8 @@ class Loop:
                     state.frozen, state.trainable, state.opt_state, batch
                 )
             self.compiled = True
+            if self.job.rollouts and (of_round := self.job.rollouts.numbers):
+                self.metrics.write(state.step, of_round)
             self.stop.at_once = False  # from here on there is something to save
             self.progress.add(state.step, numbers, self.job.shape.tokens)
 
@@ -316,6 +320,8 @@ def _batches(job: Job, encoder: Encoder | None, pipeline: dict) -> grain.Dataset
     """The training batches, whose codes are there or are made while training."""
     if encoder:
         return OnlineBatches(encoder, job.sources, job.shape, **pipeline)
+    if job.rollouts:
+        return job.rollouts
     values = tuple(job.functions.loss.arrays)
     return iter(batches(job.sources, job.shape, ahead=AHEAD, values=values, **pipeline))
 

@@ -5,15 +5,22 @@ loaded, and that may refuse a run in seconds.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from llasa_jax.align.rollouts import Rollouts
+from llasa_jax.codec import load_codec
 from llasa_jax.convert import model_folder
 from llasa_jax.data.batching import BatchShape, Source, measure, sources_of
 from llasa_jax.data.seal import read_seal
 from llasa_jax.errors import UserError
+from llasa_jax.evaluate.checkpoints import texts_fingerprint
+from llasa_jax.evaluate.texts import Item
 from llasa_jax.evaluate.training import TrainingEvaluation
+from llasa_jax.generate.speaker import check_codec
 from llasa_jax.model.lora import adapter_config
 from llasa_jax.model.sharding import make_mesh, row_devices, shares_rows
 from llasa_jax.runtime.bucket_files import working_folder
@@ -36,7 +43,7 @@ LOOKED_AT = 64  # records of a dataset that its fingerprint is made from
 @dataclass(frozen=True)
 class Job:
     """A training run that can work. `held_out` are the validation data, `clips` and `dataset` the
-    number and the fingerprint of the training records.
+    number and the fingerprint of the training records. `rollouts` makes GRPO's batches.
     """
 
     settings: Settings
@@ -50,6 +57,7 @@ class Job:
     samples: Samples | None
     evaluation: TrainingEvaluation | None
     profiler: Profiler
+    rollouts: Rollouts | None = None
 
     @property
     def run(self) -> Path:
@@ -124,9 +132,18 @@ def prepare(
             f" leave it at {VALIDATION_LOSS}"
         )
 
-    fit = measure(sources, shape.length, **settings.packing)
-    steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
-    say(f"an epoch: {fit} ({settings.data.too_long})")
+    rollouts = None
+    if settings.align.loss == "grpo":  # loads a codec, and starts a process
+        rollouts = _rollouts(settings, records, sources[0].prompter, shape)
+        rounds = rollouts.rounds_per_epoch
+        steps = settings.train.steps or ceil(
+            settings.train.epochs * rounds * settings.align.grpo.updates
+        )
+        say(f"an epoch: {rounds} rounds of {settings.align.grpo.texts} texts")
+    else:
+        fit = measure(sources, shape.length, **settings.packing)
+        steps = settings.train.steps or fit.steps(settings.train.epochs, shape)
+        say(f"an epoch: {fit} ({settings.data.too_long})")
     if len(sources) > 1:
         shares = zip(fit.shares, settings.sources, strict=True)
         say("its tokens: " + ", ".join(f"{share:.1%} {each.path}" for share, each in shares))
@@ -168,10 +185,33 @@ def prepare(
         shape,
         steps,
         clips=sum(map(len, records)),
-        dataset=fingerprint(settings, records),
+        dataset=(
+            texts_fingerprint(cast("Sequence[Item]", records[0]))
+            if rollouts
+            else fingerprint(settings, records)
+        ),
         samples=samples,
         evaluation=evaluation,
         profiler=profiler,
+        rollouts=rollouts,
+    )
+
+
+def _rollouts(
+    settings: Settings, records: Sequence[Records], prompter: Prompter, shape: BatchShape
+) -> Rollouts:
+    """What speaks and rates the texts."""
+    log = settings.log
+    codec = load_codec(log.codec, log.codec_device)
+    check_codec(as_path(settings.model.path), codec)
+    return Rollouts(
+        settings.align.grpo,
+        cast("Sequence[Item]", records[0]),
+        prompter,
+        codec,
+        shape,
+        working_folder(settings.out),
+        settings.train.seed,
     )
 
 

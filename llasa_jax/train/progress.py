@@ -193,9 +193,10 @@ class Progress:
             say(self._line(step, numbers, rates))
 
     def _line(self, step: int, numbers: dict[str, float], rates: dict[str, float]) -> str:
+        right = f"  accuracy {numbers['accuracy']:.1%}" if "accuracy" in numbers else ""
         line = (
-            f"step {step}/{self._steps}  loss {numbers['loss']:.4f}  accuracy"
-            f" {numbers['accuracy']:.1%}  lr {numbers['learning_rate']:.2e}"
+            f"step {step}/{self._steps}  loss {numbers['loss']:.4f}{right}  lr"
+            f" {numbers['learning_rate']:.2e}"
         )
         if rates:
             mfu = f"  MFU {rates['mfu']:.1%}" if "mfu" in rates else ""

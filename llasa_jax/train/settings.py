@@ -226,6 +226,8 @@ class Settings:
             )
         if self.align.loss == "dpo":
             self._check_pairs()
+        if self.align.loss == "grpo":
+            self._check_texts()
         tokens = self.train.rows * self.train.accumulation * self.data.max_length
         if tokens > MAX_TOKENS:
             raise UserError(
@@ -249,6 +251,22 @@ class Settings:
                     " prefer`"
                 )
 
+    def _check_texts(self) -> None:
+        """UserError where the data cannot be texts to speak."""
+        data = self.data
+        if data.sources or data.validation_split or data.mode == "online":
+            raise UserError(
+                "align.loss is grpo, whose data are texts to speak: give one list of them as"
+                " data.path, and leave data.sources, data.validation_split and data.mode out"
+            )
+        if self.prompt.task != "tts":
+            raise UserError("align.loss is grpo, which needs prompt.task tts")
+        if not self.log.codec:
+            raise UserError(
+                "align.loss grpo needs log.codec, which turns codes into sound; give a codec's"
+                " folder or hub id"
+            )
+
     @property
     def sources(self) -> list[SourceSettings]:
         """The datasets to train on, each with its prompt: `data.sources`, or the one at
@@ -269,8 +287,8 @@ class Settings:
         """How many streams the data is cut into: the largest power of two that divides the rows and
         leaves each stream `STREAM_ROWS`, if no other number is set.
         """
-        if self.data.streams:
-            return self.data.streams
+        if self.data.streams or self.align.loss == "grpo":  # whose rounds come one by one
+            return self.data.streams or 1
         streams = 1
         while self.train.rows % (2 * streams) == 0 and self.train.rows >= 2 * streams * STREAM_ROWS:
             streams *= 2

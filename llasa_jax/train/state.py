@@ -1,10 +1,15 @@
 """What training changes, step by step: new, or that of the newest checkpoint."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
 
+from llasa_jax.align.rollouts import Trained
 from llasa_jax.convert import model_folder
 from llasa_jax.data.batching import streams_of
 from llasa_jax.model.config import AdapterConfig
@@ -18,12 +23,15 @@ from llasa_jax.train.step import TrainStep
 
 @dataclass
 class TrainState:
-    """What a step changes, and the frozen parameters beside it. `step` counts the steps done."""
+    """What a step changes, and the frozen parameters beside it. `step` counts the steps done.
+    `first` is `trainable` before any of them, where GRPO has it as the reference.
+    """
 
     step: int
     frozen: dict
     trainable: dict
     opt_state: object
+    first: dict = field(default_factory=dict)
 
 
 def begin(
@@ -64,14 +72,22 @@ def _state(
     data: grain.DatasetIterator,
 ) -> TrainState:
     """`trainable` are a LoRA run's, before any training; None where the model itself is trained."""
-    functions = job.functions
+    functions, first = job.functions, dict[str, Any]()
+    if job.settings.align.loss == "grpo" and job.settings.align.grpo.kl:
+        # A step takes over the memory of what it changes, so this is a copy: of the adapters, whose
+        # base is there already, or in full finetuning of all weights.
+        first = (
+            model_folder.restore_params(job.source, functions.trainable)
+            if trainable is None
+            else jax.tree.map(jnp.copy, trainable)
+        )
     if restored := checkpoints.restore(functions.trainable, functions.opt_state, data):
         step, trained, opt_state = restored
         say(f"going on after step {step}")
-        return TrainState(step, frozen, trained, opt_state)
+        return TrainState(step, frozen, trained, opt_state, first)
     if trainable is None:
         trainable = model_folder.restore_params(job.source, functions.trainable)
-    return TrainState(0, frozen, trainable, functions.init(trainable))
+    return TrainState(0, frozen, trainable, functions.init(trainable), first)
 
 
 def _begin_lora(
@@ -95,3 +111,21 @@ def _begin_lora(
         "{:,} trained parameters beside {:,} frozen ones".format(*count(functions.config, adapters))
     )
     return frozen, trainable, (source, model_folder.open_model(source).fingerprint())
+
+
+def speaking(job: Job, state: TrainState) -> Trained:
+    """What GRPO's rollouts take of a run: the weights as they are now, without a copy, and those
+    that the run began with.
+    """
+    functions = job.functions
+
+    def log_probs(batch: dict, trainable: dict) -> np.ndarray:
+        placed = functions.place(batch, job.shape.rows)
+        return jax.device_get(functions.log_probs(state.frozen, trainable, placed))
+
+    return Trained(
+        functions.graphdef,
+        lambda: join(state.frozen, state.trainable),
+        lambda batch: log_probs(batch, state.trainable),
+        lambda batch: log_probs(batch, state.first),
+    )
