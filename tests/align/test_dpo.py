@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from reference import config_of, grads_of, hf_llama, params_of
-from transformers import get_cosine_schedule_with_warmup
 from trl_losses import dpo_loss, dpo_trainer
-from twenty_steps import OPTIMIZER, STEPS
+from twenty_steps import OPTIMIZER, STEPS, updates_in_torch
 
 from llasa_jax.align.dpo import DpoLoss
 from llasa_jax.align.settings import DpoSettings
@@ -182,29 +181,13 @@ def test_twenty_steps_equal_trl(models):
     step = new_step()
     params = params_of(models[0])
     state, start = step.init(params), params_of(models[1])
-    decays = {True: [], False: []}
-    for name, weight in model.named_parameters():
-        decays["norm" not in name].append(weight)
-    adamw = torch.optim.AdamW(
-        [
-            {"params": decays[True], "weight_decay": OPTIMIZER.weight_decay},
-            {"params": decays[False], "weight_decay": 0.0},
-        ],
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
-        eps=OPTIMIZER.eps,
-    )
-    schedule = get_cosine_schedule_with_warmup(adamw, round(OPTIMIZER.warmup_ratio * STEPS), STEPS)
+    update = updates_in_torch(model)
     for number in range(STEPS):
         pairs = make_pairs(4, seed=number)
         known = np.asarray(step.log_probs({}, start, batch_of([[example(p)] for p in pairs])))[0]
         batch = batch_of([referenced(pairs[:2], known[:2]), referenced(pairs[2:], known[2:])])
         params, state, numbers = step.train({}, params, state, batch)
         theirs = dpo_loss(trainer, pairs)
-        theirs.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
-        adamw.step()
-        schedule.step()
-        adamw.zero_grad()
+        norm = update(theirs)
         np.testing.assert_allclose(numbers["loss"], theirs.item(), atol=1e-4)
-        np.testing.assert_allclose(numbers["grad_norm"], norm.item(), rtol=1e-3)
+        np.testing.assert_allclose(numbers["grad_norm"], norm, rtol=1e-3)

@@ -9,7 +9,7 @@ import torch
 from reference import config_of, grads_of, hf_llama, params_of
 from trl.trainer.utils import add_fused_lm_head, nanstd
 from trl_losses import grpo_loss
-from twenty_steps import OPTIMIZER, STEPS
+from twenty_steps import OPTIMIZER, STEPS, updates_in_torch
 
 from llasa_jax.align.grpo import GrpoLoss, advantages
 from llasa_jax.align.settings import GrpoSettings
@@ -95,16 +95,26 @@ def ours(speeches):
     return jax.jit(run)(params_of(hf_llama()))
 
 
-@pytest.mark.parametrize("form", TRL)
-def test_loss_and_gradients_equal_trl(form, speeches, ours):
-    settings, model = GrpoSettings(**TRL[form]), copy.deepcopy(hf_llama())
+def trl_model():
+    model = copy.deepcopy(hf_llama())
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return model
+
+
+def loss_of_trl(model, speeches, form):
+    settings = GrpoSettings(**TRL[form])
     epsilons = settings.epsilon_low, settings.epsilon_high
     given = [
         (*map(list, (prompt, said)), advantage, list(old) if settings.updates > 1 else None, ref)
         for prompt, said, advantage, old, ref in speeches
     ]
-    theirs = grpo_loss(model, given, form, LENGTH, epsilons, settings.kl)
+    return grpo_loss(model, given, form, LENGTH, epsilons, settings.kl)
+
+
+@pytest.mark.parametrize("form", TRL)
+def test_loss_and_gradients_equal_trl(form, speeches, ours):
+    settings, model = GrpoSettings(**TRL[form]), trl_model()
+    theirs = loss_of_trl(model, speeches, form)
     theirs.backward()
     loss, grads, numbers = ours[form]
     # Dr. GRPO's loss is a sum of advantages before the first update, near 0.
@@ -137,6 +147,39 @@ def test_packed_rows_on_a_mesh_equal_padded_ones(speeches):
     for name in ours.keys() - {"fill"}:
         np.testing.assert_allclose(ours[name], alone[name], rtol=2e-5, atol=1e-6, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, params_alone)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("form", TRL)
+def test_twenty_steps_equal_trl(form):
+    """Rounds of two texts and four speeches of each, trained on as often as the form does."""
+    model, step, rng = trl_model(), new_step(**TRL[form]), np.random.default_rng(0)
+    update, start, params = updates_in_torch(model), params_of(hf_llama()), params_of(hf_llama())
+    state, clipped = step.init(params), []
+
+    def draw():
+        return rng.integers(1, 300, rng.integers(3, 12))
+
+    for number in range(STEPS):
+        if number % TRL[form]["updates"] == 0:
+            texts = [draw(), draw()]
+            drawn = [(text, draw()) for text in texts for _ in range(4)]
+            rated = advantages(rng.random((2, 4))).ravel()
+            alone = batch_of([[example(*each, 0.0, 0.0, 0.0)] for each in drawn])
+            known = [np.asarray(step.log_probs({}, of, alone))[0] for of in (params, start)]
+            speeches = [
+                (prompt, said, advantage, *(x[at, len(prompt) - 1 :][: len(said)] for x in known))
+                for at, ((prompt, said), advantage) in enumerate(zip(drawn, rated, strict=True))
+            ]
+        examples = [example(*each) for each in speeches]
+        batch = batch_of([examples[:3], examples[3:5], examples[5:]])
+        params, state, numbers = step.train({}, params, state, batch)
+        theirs = loss_of_trl(model, speeches, form)
+        norm = update(theirs)
+        np.testing.assert_allclose(numbers["loss"], theirs.item(), atol=1e-4)
+        np.testing.assert_allclose(numbers["grad_norm"], norm, rtol=1e-3)
+        clipped.append(numbers["clipped"])
+    assert (max(clipped) > 0.1) == (TRL[form]["updates"] > 1)
 
 
 def test_advantages_are_those_of_trl():
