@@ -161,12 +161,8 @@ class Rollouts(grain.DatasetIterator):
         settings = self._settings
         chosen = self._chosen(number)
         self._speaker.use(self._trained.params())
-        sampling = SamplingSettings(
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seed=zlib.crc32(f"{self._seed} {number}".encode()) & 0x7FFFFFFF,
-        )
+        seed = zlib.crc32(f"{self._seed} {number}".encode()) & 0x7FFFFFFF
+        sampling = dataclasses.replace(sampling_of(settings), seed=seed)
         said: dict[int, list[Said]] = {}
         scored: dict[int, Future[tuple[list[np.ndarray], Scores]]] = {}
         lines = {at: self._lines[at] for at in chosen}
@@ -309,6 +305,13 @@ class Rollouts(grain.DatasetIterator):
                 " optimizer.learning_rate, raise align.grpo.unstopped, pace or kl, and begin with"
                 f" another out folder; the speeches are in {self._folder / FOLDER}"
             )
+
+
+def sampling_of(settings: GrpoSettings) -> SamplingSettings:
+    """How speeches are drawn."""
+    return SamplingSettings(
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+    )
 
 
 def check_fit(

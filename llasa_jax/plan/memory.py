@@ -13,24 +13,24 @@ from llasa_jax.train.offload import HOST
 from llasa_jax.train.settings import Settings
 
 GIB = 2**30
+REFERENCE = "weights of the reference"
+
+
+def gib_of(tree, on_host: bool = False) -> float:
+    """GiB per device of `ShapeDtypeStruct`s with shardings, of those on the host or of the
+    others.
+    """
+    leaves = [
+        leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == on_host
+    ]
+    sizes = (prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(sizes) / GIB
 
 
 def held_gib(config: ModelConfig, settings: Settings, step) -> tuple[dict[str, float], float]:
     """GiB per device of what stays through a step's backward pass, from the shapes and shardings of
     a `TrainStep`; and GiB on the host.
     """
-
-    def gib(tree, on_host=False) -> float:
-        leaves = [
-            leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST) == on_host
-        ]
-        return (
-            sum(
-                prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-            )
-            / GIB
-        )
-
     tensor = step.mesh.shape["tensor"]
     rows = settings.train.rows / row_devices(step.mesh)
     elements = rows * settings.data.max_length * config.num_hidden_layers
@@ -40,14 +40,16 @@ def held_gib(config: ModelConfig, settings: Settings, step) -> tuple[dict[str, f
     activation = elements * (2 if settings.model.dtype == "bfloat16" else 4) / GIB
     offloads = settings.model.remat == "offload"
     held = {
-        "parameters": gib((step.frozen, step.trainable)),
-        "optimizer state": gib(step.opt_state),
-        "gradients": gib(step.trainable) * (2 if settings.train.accumulation > 1 else 1),
+        "parameters": gib_of((step.frozen, step.trainable)),
+        "optimizer state": gib_of(step.opt_state),
+        "gradients": gib_of(step.trainable) * (2 if settings.train.accumulation > 1 else 1),
         "activations kept for the backward pass": (
             0.0 if offloads else activation * (inputs + besides.get(settings.model.remat, 0))
         ),
     }
-    return held, gib(step.opt_state, on_host=True) + (activation * inputs if offloads else 0.0)
+    if settings.align.loss == "grpo" and settings.align.grpo.kl:
+        held[REFERENCE] = gib_of(step.trainable)
+    return held, gib_of(step.opt_state, on_host=True) + (activation * inputs if offloads else 0.0)
 
 
 def working_gib(config: ModelConfig, settings: Settings, mesh) -> float:

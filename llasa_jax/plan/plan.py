@@ -6,7 +6,7 @@ GPUs it estimates from shapes.
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, inf, prod
 
 import numpy as np
@@ -20,7 +20,8 @@ from llasa_jax.model.lora import MODULES, adapter_config
 from llasa_jax.model.lora import count as count_parameters
 from llasa_jax.model.sharding import make_mesh, mesh_sizes, row_devices
 from llasa_jax.plan.compiler import compiled_peak, machine
-from llasa_jax.plan.memory import advice, held_gib, working_gib
+from llasa_jax.plan.memory import REFERENCE, advice, held_gib, working_gib
+from llasa_jax.plan.rollouts import rollouts_gib
 from llasa_jax.runtime.hardware import (
     GPUS,
     Device,
@@ -60,8 +61,10 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step needs on one machine. Sizes are GiB per device; `memory_gib` says what the peak
-    is made of, `host_gib` what the settings that offload keep in the host's memory besides.
+    """What one step needs on one machine. Sizes are GiB per device; `memory_gib` says what a step's
+    peak is made of, `host_gib` what the settings that offload keep in the host's memory besides,
+    `rollouts_gib` what GRPO needs beside the weights while it speaks. `peak_hbm_gib` is the larger
+    of both peaks.
     """
 
     topology: str
@@ -81,6 +84,7 @@ class Plan:
     step_seconds_roofline: float | None
     steps: int | None = None
     hours_roofline: float | None = None
+    rollouts_gib: dict[str, float] = field(default_factory=dict)
 
 
 def model_geometry(model: str | None, settings: Settings) -> ModelConfig:
@@ -144,26 +148,26 @@ def plan(
     model = dataclasses.replace(settings.model, attention="xla") if estimated else settings.model
     if isinstance(mesh, Mesh):
         check_host_memory(settings, mesh)
-    optimizer, lora = make_optimizer(settings.optimizer, 1000), settings.lora
-    # A plan has no tokenizer: what rows of single tokens take is next to nothing.
-    adapters = adapter_config(
-        dataclasses.replace(lora, train_also=[name for name in lora.train_also if name in MODULES]),
-        config,
-        {},
-    )
-    step = TrainStep(config, model, optimizer, mesh, adapters=adapters, **settings.step_options)
+    step = step_on(mesh, dataclasses.replace(settings, model=model), config)
     held, on_host = held_gib(config, settings, step)
+    rollouts = {}
+    if settings.align.loss == "grpo":
+        rollouts = rollouts_gib(step, settings, compiled=not estimated)
     if estimated:
         assert device
         peak = sum(held.values()) + working_gib(config, settings, mesh)
-        fits = peak < device.memory
+        fits = True
     else:
         peak, fits = compiled_peak(step, accumulation, rows, length)
-        peak = max(peak, sum(held.values()))
-        # Only the TPU compiler refuses what is too large.
-        fits = fits and not (device and peak > device.memory)
+        # A step is not given the reference's weights, which are there all the same.
+        peak = max(peak + held.get(REFERENCE, 0.0), sum(held.values()))
     shape = StepShape(rows, length, accumulation, **mesh.shape, remat=settings.model.remat)
+    lora, adapters = settings.lora, step.adapters
     seconds = step_seconds(config, shape, device, adapters, lora.quantize) if device else {}
+    working = max(0.0, peak - sum(held.values()))
+    there = sum(held.get(name, 0.0) for name in ("parameters", "optimizer state", REFERENCE))
+    peak = max(peak, there + sum(rollouts.values()))
+    fits = fits and not (device and peak > device.memory)
     return Plan(
         topology=topology,
         device_count=mesh.size,
@@ -175,16 +179,29 @@ def plan(
         hbm_gib=device.memory if device else None,
         host_gib=round(on_host, 4),
         memory_gib={
-            name: round(size, 4)
-            for name, size in (
-                held | {"working memory": max(0.0, peak - sum(held.values()))}
-            ).items()
+            name: round(size, 4) for name, size in (held | {"working memory": working}).items()
         },
         tokens_per_step=shape.tokens,
         model_flops_per_step=model_flops(config, shape, adapters),
         trained_parameters=count_parameters(config, adapters)[0],
         step_seconds=seconds,
         step_seconds_roofline=max(seconds.values()) if seconds else None,
+        rollouts_gib={name: round(size, 4) for name, size in rollouts.items()},
+    )
+
+
+def step_on(mesh: Mesh | AbstractMesh, settings: Settings, config: ModelConfig) -> TrainStep:
+    """The train step of `settings`, for a model of this geometry."""
+    lora = settings.lora
+    # A plan has no tokenizer: what rows of single tokens take is next to nothing.
+    adapters = adapter_config(
+        dataclasses.replace(lora, train_also=[name for name in lora.train_also if name in MODULES]),
+        config,
+        {},
+    )
+    optimizer = make_optimizer(settings.optimizer, 1000)
+    return TrainStep(
+        config, settings.model, optimizer, mesh, adapters=adapters, **settings.step_options
     )
 
 
@@ -203,6 +220,12 @@ def dataset_tokens(settings: Settings, speech_hours: float | None = None) -> flo
     """Tokens of an epoch, padding included: counted where model and data are here, reckoned from
     `speech_hours`, or None if neither.
     """
+    if settings.align.loss == "grpo":
+        if speech_hours:
+            raise UserError(
+                "align.loss is grpo, whose data are texts to speak; leave --speech-hours out"
+            )
+        return None
     if speech_hours:
         return speech_hours * 3600 * CODES_PER_SECOND * TOKENS_PER_CODE
     paths = [
@@ -318,6 +341,15 @@ def describe(plan_: Plan, settings: Settings) -> str:
             if plan_.host_gib
             else []
         ),
+        *(
+            [
+                f"rollouts, between steps: {sum(plan_.rollouts_gib.values()):.2f} GiB per device"
+                f" beside the weights, {plan_.rollouts_gib['cache']:.2f} of it the cache of"
+                f" {settings.align.grpo.rows} speeches of {settings.data.max_length:,} tokens"
+            ]
+            if plan_.rollouts_gib
+            else []
+        ),
         f"a step: {plan_.tokens_per_step:,} tokens, {plan_.model_flops_per_step:.3g} model FLOPs"
         + (f"; {plan_.trained_parameters:,} parameters are trained" if settings.lora.rank else ""),
     ]
@@ -327,7 +359,9 @@ def describe(plan_: Plan, settings: Settings) -> str:
             f"at least {plan_.step_seconds_roofline:.2f} s a step: the longest of {parts} s, each"
             " alone and at its peak rate;"
         )
-        lines.append("  half that speed is usual")
+        lines.append(
+            "  half that speed is usual" + ("; speaking is not in it" * bool(plan_.rollouts_gib))
+        )
     if plan_.steps:
         hours = plan_.hours_roofline or 0
         time = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

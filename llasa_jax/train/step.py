@@ -111,7 +111,7 @@ class TrainStep:
         """The train step for batches of this shape and the platform of the mesh's devices, which
         need not be at hand.
         """
-        batch = self._batch(self.BATCH | self.loss.arrays, accumulation, rows, length)
+        batch = self.shapes(self.BATCH | self.loss.arrays, accumulation, rows, length)
         traced = self.train.trace(self.frozen, self.trainable, self.opt_state, batch)
         platform = self.mesh.devices.flat[0].platform
         return traced.lower(
@@ -121,10 +121,10 @@ class TrainStep:
     def compile_validation(self, accumulation: int, rows: int, length: int) -> jax.stages.Compiled:
         """The validation step for batches of this shape."""
         return self.validate.lower(
-            self.frozen, self.trainable, self._batch(self.BATCH, accumulation, rows, length)
+            self.frozen, self.trainable, self.shapes(self.BATCH, accumulation, rows, length)
         ).compile()
 
-    def _batch(self, arrays: dict, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes(self, arrays: dict, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
             for name, dtype in arrays.items()

@@ -7,17 +7,24 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llasa_jax import cli
+from llasa_jax.align.prefer import SPEECH
+from llasa_jax.align.rollouts import sampling_of
+from llasa_jax.align.settings import AlignSettings, GrpoSettings
 from llasa_jax.encode.settings import DataSettings
 from llasa_jax.errors import UserError
+from llasa_jax.generate.decode import SHORTEST_BUCKET, Rows
 from llasa_jax.model.config import ModelConfig
 from llasa_jax.model.flops import StepShape, all_weights, model_flops, step_seconds
 from llasa_jax.model.settings import LoraSettings, MeshSettings, ModelSettings
 from llasa_jax.plan import compiler, plan
+from llasa_jax.plan.rollouts import _program
 from llasa_jax.runtime.hardware import TPUS, parse_topology
+from llasa_jax.speech.vocab import NUM_CODES, SpeechVocab
 from llasa_jax.train.offload import check_host_memory
 from llasa_jax.train.parsing import parse_settings
 from llasa_jax.train.settings import OptimizerSettings, Settings, TrainSettings
@@ -251,6 +258,74 @@ def test_too_large_is_no_error(monkeypatch):
     assert not result.fits
     assert result.peak_hbm_gib == 35.44
     assert "at least 35.44" in plan.describe(result, SETTINGS)
+
+
+def speaking(settings=SETTINGS, **grpo):
+    align = AlignSettings("grpo", grpo=GrpoSettings(**grpo))
+    log = dataclasses.replace(settings.log, codec="no_codec")
+    return dataclasses.replace(settings, align=align, log=log)
+
+
+def test_rollouts_are_part_of_a_plan():
+    data = dataclasses.replace(SETTINGS.data, max_length=2048)
+    lora = LoraSettings(rank=16, dropout=0.0, targets=["q", "v"])
+    settings = dataclasses.replace(SETTINGS, data=data, lora=lora)
+    supervised = plan.plan(settings, plan.MODELS["1b"], "h100:1")
+    assert not supervised.rollouts_gib
+    assert "rollouts" not in plan.describe(supervised, settings)
+    few, many = speaking(settings), speaking(settings, rows=512)
+    found = plan.plan(few, plan.MODELS["1b"], "h100:1")
+    # A token has keys and values of 16 layers, 8 heads and 64 numbers of two bytes: 32 KiB.
+    assert found.rollouts_gib["cache"] == 0.5
+    assert found.rollouts_gib["head"] == pytest.approx(65_536 * 2048 * 2 / 2**30, rel=0.01)
+    assert found.peak_hbm_gib == supervised.peak_hbm_gib
+    assert "0.50 of it the cache of 8 speeches of 2,048 tokens" in plan.describe(found, few)
+    found = plan.plan(many, plan.MODELS["1b"], "h100:1")
+    weights = found.memory_gib["parameters"] + found.memory_gib["optimizer state"]
+    speech = sum(found.rollouts_gib.values())
+    assert found.peak_hbm_gib == pytest.approx(weights + speech, abs=1e-3)
+    assert found.memory_gib == supervised.memory_gib
+    assert not plan.plan(speaking(settings, rows=1024), plan.MODELS["3b"], "h100:1").fits
+    # A reference is a second copy of what is trained.
+    found = plan.plan(speaking(kl=0.1), plan.MODELS["1b"], "h100:1")
+    assert found.memory_gib["weights of the reference"] == found.memory_gib["parameters"]
+    with pytest.raises(UserError, match="leave --speech-hours out"):
+        plan.dataset_tokens(few, 24)
+    assert plan.dataset_tokens(few) is None
+
+
+def test_planned_rollouts_have_the_shapes_of_real_ones():
+    markers = {"<|SPEECH_GENERATION_END|>": 300}
+    vocab = SpeechVocab(markers, 308, 308 + NUM_CODES)
+    config = dataclasses.replace(TINY, vocab_size=vocab.size, hidden_size=32, head_dim=8)
+    data = dataclasses.replace(SETTINGS.data, max_length=SHORTEST_BUCKET)
+    settings = speaking(dataclasses.replace(SETTINGS, data=data))
+    mesh = plan.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    program, given = _program(plan.step_on(mesh, settings, config), settings)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given.pop("params"))
+    rows = Rows(
+        program["graphdef"],
+        params,
+        vocab,
+        8,
+        sampling_of(settings.align.grpo),
+        None,
+        round(SPEECH.loop_seconds * 50),
+    )
+    assert program == rows._program
+    real = {name: rows._fixed[name] for name in ("tables", "first", "allowed", "stops")}
+    for planned, there in ((given, real), (given["state"], rows._state)):
+        found = [
+            (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves({n: planned[n] for n in there})
+        ]
+        assert found == [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(there)]
+
+
+@needs_libtpu
+def test_rollouts_compile_for_a_tpu_that_is_not_here():
+    found = plan.plan(speaking(), TINY, "v5e:1x1").rollouts_gib
+    assert found["cache"] == pytest.approx(2 * 2 * 8 * 256 * 2 * 128 * 2 / 2**30, abs=1e-4)
+    assert 0 <= found["working memory"] < 0.5
 
 
 @needs_libtpu
