@@ -9,10 +9,12 @@ draws again what it drew before.
 import base64
 import dataclasses
 import json
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,15 +105,21 @@ class Rollouts(grain.DatasetIterator):
         self._lines = [line_of(item, names) for item in items]
         check_fit(settings, self._lines, prompter, shape, codec.hop)
         self._references = References(items, codec)
-        language = language_of(items, settings.language)
-        self._scoring = Scoring(settings.scorers, settings.device, language)
-        known = self._scoring.higher_is_better
-        if unknown := [one.score for one in settings.parts if one.score not in known]:
-            self._scoring.__exit__()
-            raise UserError(
-                f"align.grpo.rewards names {unknown[0]}, which align.grpo.scorers do not measure;"
-                f" they measure {', '.join(known)}"
-            )
+        how = settings.device, language_of(items, settings.language)
+        with ExitStack() as stack:  # ends the processes if this fails
+            self._scoring = stack.enter_context(Scoring(settings.scorers, *how))
+            known = self._scoring.higher_is_better
+            if unknown := [one.score for one in settings.parts if one.score not in known]:
+                raise UserError(
+                    f"align.grpo.rewards names {unknown[0]}, which align.grpo.scorers do not"
+                    f" measure; they measure {', '.join(known)}"
+                )
+            # Beside the others, for both may give a number of one name.
+            self._guards = {
+                name: stack.enter_context(Scoring([name], *how))
+                for name in sorted({one.scorer for one in settings.guards})
+            }
+            self._scorers = stack.pop_all()
         self._place = Place()
         self._batch: dict[str, np.ndarray] = {}
         self.numbers: dict[str, float] = {}  # of the round, where the last batch is its first
@@ -154,7 +162,7 @@ class Rollouts(grain.DatasetIterator):
         return self._batch
 
     def close(self) -> None:
-        self._scoring.__exit__()
+        self._scorers.close()
 
     def _draw(self, number: int) -> dict[str, np.ndarray]:
         """Speaks the texts of a round, rates the speeches and logs them."""
@@ -234,9 +242,20 @@ class Rollouts(grain.DatasetIterator):
 
     def _score(self, at: int, speeches: Sequence[Said]) -> tuple[list[np.ndarray], Scores]:
         waves = [self._speaker.sound(one, SPEECH).wave for one in speeches]
-        texts, references = [self._items[at].text], [self._references.of(at)]
         count = len(waves)
-        return waves, self._scoring.submit(waves, texts * count, references * count).result()
+        given = waves, [self._items[at].text] * count, [self._references.of(at)] * count
+        scored = self._scoring.submit(*given)
+        guarded = {name: scoring.submit(*given) for name, scoring in self._guards.items()}
+        numbers, transcripts = scored.result()
+        for guard in self._settings.guards:
+            found = guarded[guard.scorer].result().numbers
+            if guard.score not in found:
+                raise UserError(
+                    f"align.grpo.guards names {guard.score}, which {guard.scorer} does not measure;"
+                    f" it measures {', '.join(found)}"
+                )
+            numbers = numbers | {f"{guard.scorer}_{guard.score}": found[guard.score]}
+        return waves, Scores(numbers, transcripts)
 
     def _planned(self, at: int, said: Said, advantage: float) -> Planned:
         """A speech with loss on what was drawn alone."""
@@ -287,11 +306,17 @@ class Rollouts(grain.DatasetIterator):
         """
         settings, place = self._settings, self._place
         stopped, pace = self.numbers["stopped"], self.numbers["pace"]
-        astray = stopped < settings.least_stopped or not (
-            1 / settings.most_pace <= pace <= settings.most_pace
-        )
+        wrong = []
+        if stopped < settings.least_stopped:
+            wrong.append(f"the model ended {stopped:.0%} of it by itself")
+        if not 1 / settings.most_pace <= pace <= settings.most_pace:
+            wrong.append(f"it took {pace:.2f} times as long as reading the text")
+        for guard in settings.guards:
+            value = self.numbers.get(f"score_{guard.scorer}_{guard.score}", math.nan)
+            if not guard.least <= value <= guard.most:  # nor where there is none
+                wrong.append(f"its {guard.score} by {guard.scorer} is {value:.3g}")
         place.flat = place.flat + 1 if flat == 1 else 0
-        place.astray = place.astray + 1 if astray else 0
+        place.astray = place.astray + 1 if wrong else 0
         if settings.patience and place.flat >= settings.patience:
             raise UserError(
                 f"in {place.flat} rounds all speeches of each text had one reward, so nothing is"
@@ -300,8 +325,7 @@ class Rollouts(grain.DatasetIterator):
             )
         if settings.patience and place.astray >= settings.patience:
             raise UserError(
-                f"for {place.astray} rounds speech has gone astray: the model ended {stopped:.0%}"
-                f" of it by itself, and it took {pace:.2f} times as long as reading the text; lower"
+                f"for {place.astray} rounds speech has gone astray: {', '.join(wrong)}; lower"
                 " optimizer.learning_rate, raise align.grpo.unstopped, pace or kl, and begin with"
                 f" another out folder; the speeches are in {self._folder / FOLDER}"
             )

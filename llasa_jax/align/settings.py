@@ -52,6 +52,24 @@ class RewardSettings:
     """What the part counts, relative to the others."""
 
 
+@dataclass(frozen=True)
+class GuardSettings:
+    """One number of GRPO's speech that is not rewarded, and where it may lie."""
+
+    scorer: str = "levels"
+    """What measures it, as evaluate.scorers: another one than is rewarded."""
+    score: str = "silence"
+    """The number, such as silence of levels or similarity of resemblyzer."""
+    least: float = setting(-1e9, low=-1e9, high=1e9)
+    """A round is astray where its mean is lower."""
+    most: float = setting(1e9, low=-1e9, high=1e9)
+    """And where it is higher."""
+
+    def check(self, name: str) -> None:
+        if not self.least <= self.most:
+            raise UserError(f"{name}.least is above {name}.most; lower it")
+
+
 REWARDS = [RewardSettings("cer", "tanh", 3.0), RewardSettings("similarity")]
 
 
@@ -96,9 +114,12 @@ class GrpoSettings:
     free_pace allows."""
     free_pace: float = setting(2.0, low=1, high=1000)
     """A speech may be this many times as long as reading the text takes, or as short, for free."""
+    guards: list[GuardSettings] = setting(list, resume=True)
+    """Numbers that the model is not rewarded for, which say whether it has found a way to be
+    rewarded for worse speech."""
     patience: int = setting(20, low=0, high=1_000_000, resume=True)
-    """Stop after so many rounds in a row in which no text's speeches differ in reward, or which the
-    two settings below call astray; 0, never."""
+    """Stop after so many rounds in a row in which no text's speeches differ in reward, or which
+    the guards or the two settings below call astray; 0, never."""
     least_stopped: float = setting(0.2, low=0, high=1, resume=True)
     """A round is astray where the model has ended less than this share of its speeches."""
     most_pace: float = setting(4.0, low=1, high=1000, resume=True)

@@ -18,6 +18,7 @@ class Levels:
     `pace` is codes (20 ms each) of speech per letter of the text; `longest_pause` the longest
     stretch without speech inside the speech, `head` and `tail` what is before and after it, in
     seconds; `tail_noise` the level of the tail as a share of the speech's. All are NaN in silence.
+    `silence` is the share of the frames that are no speech, 1 in silence.
     """
 
     higher_is_better = {"longest_pause": False, "head": False, "tail": False, "tail_noise": False}
@@ -32,12 +33,15 @@ class Levels:
         return {name: np.array([row[name] for row in rows], np.float64) for name in NAMES}
 
 
-NAMES = ("longest_pause", "head", "tail", "tail_noise", "pace", "seconds")
+NAMES = ("longest_pause", "head", "tail", "tail_noise", "pace", "seconds", "silence")
 
 
 def measure(wave: np.ndarray, text: str) -> dict[str, float]:
     """The numbers of one wave, float32 (samples,) at 16 kHz, and its length in seconds."""
-    numbers = dict.fromkeys(NAMES, float("nan")) | {"seconds": len(wave) / SAMPLE_RATE}
+    numbers = dict.fromkeys(NAMES, float("nan")) | {
+        "seconds": len(wave) / SAMPLE_RATE,
+        "silence": 1.0,
+    }
     frames = wave[: len(wave) // FRAME * FRAME].reshape(-1, FRAME).astype(np.float64)
     levels = np.sqrt((frames**2).mean(1))
     if not len(levels) or levels.max() < SILENCE_PEAK:
@@ -49,6 +53,7 @@ def measure(wave: np.ndarray, text: str) -> dict[str, float]:
     frame = FRAME / SAMPLE_RATE
     numbers |= {
         "longest_pause": float(gaps.max(initial=0)) * frame,
+        "silence": 1 - float(speech.mean()),
         "head": float(spoken[0]) * frame,
         "tail": len(tail) * frame,
         "tail_noise": float(_rms(tail) / _rms(levels[speech])),

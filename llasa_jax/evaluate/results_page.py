@@ -32,6 +32,7 @@ EXPLAINED = {
     "longest_pause": "longest pause, seconds",
     "head": "silence before the speech, seconds",
     "tail": "silence after the speech, seconds",
+    "silence": "share of the time without speech",
     "tail_noise": "level of what follows the speech, as a share of the speech's",
     "pace": "codes per letter",
     "pace_off": "doublings of the pace off the recordings'",

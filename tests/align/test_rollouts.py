@@ -21,7 +21,7 @@ from tiny_run import lines_of, make_model, settings_for
 from llasa_jax.align import rollouts
 from llasa_jax.align.rewards import reward_of
 from llasa_jax.align.rollouts import Place, Rollouts, check_fit
-from llasa_jax.align.settings import AlignSettings, GrpoSettings, RewardSettings
+from llasa_jax.align.settings import AlignSettings, GrpoSettings, GuardSettings, RewardSettings
 from llasa_jax.data.batching import BatchShape
 from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.errors import UserError
@@ -34,6 +34,7 @@ from llasa_jax.train.loop import train
 
 REPOSITORY = Path(__file__).parents[2]
 LOW = [RewardSettings("low", "exp")]
+GUARDS = [GuardSettings("other", "low", most=0.5)]
 
 
 class LowVoices:
@@ -43,6 +44,9 @@ class LowVoices:
 
     def __init__(self, *_):
         pass
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *_):
         pass
@@ -66,7 +70,14 @@ def grpo_settings(folder, out):
         log={"codec": str(folder / "codec"), "tensorboard": False},
     )
     align = GrpoSettings(
-        samples=4, texts=2, updates=2, kl=0.1, rewards=LOW, unstopped=0.0, audio_every=2
+        samples=4,
+        texts=2,
+        updates=2,
+        kl=0.1,
+        rewards=LOW,
+        guards=GUARDS,
+        unstopped=0.0,
+        audio_every=2,
     )
     lora = LoraSettings(rank=4, dropout=0.0)
     return dataclasses.replace(settings, lora=lora, align=AlignSettings("grpo", grpo=align))
@@ -114,6 +125,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path):
         np.testing.assert_array_equal(found.argmax(axis=1), rewards.argmax(axis=1))
         low = np.array([row["scores"]["low"] for row in rows])
         np.testing.assert_allclose(rewards.ravel(), np.exp(-low))
+        assert [row["scores"]["other_low"] for row in rows] == low.tolist()
     assert len(list((whole / "rollouts/000002").glob("*.wav"))) == 8
     assert not (whole / "rollouts/000001").exists()
 
@@ -152,9 +164,12 @@ def test_rewards():
 
 
 def test_guards_stop_a_run_that_learns_nothing_or_goes_astray():
-    def rounds(flat, stopped, pace):
-        numbers = {"stopped": stopped, "pace": pace}
-        settings = GrpoSettings(patience=3)
+    def rounds(flat, stopped, pace, **numbers):
+        numbers |= {"stopped": stopped, "pace": pace}
+        guards = (
+            [GuardSettings(least=0.1, most=0.6)] if numbers.keys() > {"stopped", "pace"} else []
+        )
+        settings = GrpoSettings(patience=3, guards=guards)
         made = SimpleNamespace(_settings=settings, _place=Place(), numbers=numbers, _folder=Path())
         for _ in range(3):
             Rollouts._guard(made, flat)
@@ -165,6 +180,29 @@ def test_guards_stop_a_run_that_learns_nothing_or_goes_astray():
     for stopped, pace in ((0.1, 1.0), (0.9, 5.0), (0.9, 0.2)):
         with pytest.raises(UserError, match="for 3 rounds speech has gone astray"):
             rounds(0.5, stopped, pace)
+    rounds(0.5, 0.9, 1.0, score_levels_silence=0.3)
+    for name, value in (("silence", 0.7), ("silence", 0.05), ("another", 0.3)):
+        with pytest.raises(UserError, match="its silence by levels is (0.7|0.05|nan); lower"):
+            rounds(0.5, 0.9, 1.0, **{f"score_levels_{name}": value})
+
+
+def test_a_guard_is_measured_beside_the_reward():
+    made = SimpleNamespace(
+        _settings=GrpoSettings(rewards=LOW, guards=GUARDS),
+        _items=[SimpleNamespace(text="hello")],
+        _references=SimpleNamespace(of=lambda at: None),
+        _speaker=SimpleNamespace(sound=lambda said, _: SimpleNamespace(wave=said)),
+        _scoring=LowVoices(),
+        _guards={"other": LowVoices()},
+    )
+    waves = [np.full(4, 0.25), np.full(4, 0.5)]
+    _, scores = Rollouts._score(made, 0, waves)
+    assert scores.of(1) == {"low": 0.5, "other_low": 0.5}
+    made._settings = GrpoSettings(guards=[GuardSettings("other", "silence")])
+    with pytest.raises(UserError, match="names silence, which other does not measure; it measures"):
+        Rollouts._score(made, 0, waves)
+    with pytest.raises(UserError, match=r"align.grpo.guards.*least is above"):
+        GuardSettings(least=1.0, most=0.0).check("align.grpo.guards")
 
 
 def test_what_is_wrong_is_said_in_a_sentence(prompter, tmp_path):

@@ -330,10 +330,12 @@ def test_levels():
             "tail_noise": 0.01,
             "pace": 2.0 * 50 / 10,  # codes, by letters
             "seconds": 2.7,
+            "silence": 60 / 135,  # frames of 20 ms
         },
         rel=1e-3,
     )
     assert found["seconds"].tolist() == [2.7, 1, 0]
+    assert found["silence"][1:].tolist() == [1, 1]
     assert all(np.isnan(found[name][1:]).all() for name in Levels.higher_is_better)
 
 

@@ -122,7 +122,7 @@ def test_every_setting_is_explained_and_help_shows_it(capsys, monkeypatch):
             if not is_dataclass(field.type):
                 assert field.name in explained, f"explain {cls.__name__}.{field.name} below it"
                 # Help shows a list, not the settings of its members.
-                if cls.__name__ not in ("SourceSettings", "RewardSettings"):
+                if cls.__name__ not in ("SourceSettings", "RewardSettings", "GuardSettings"):
                     assert explained[field.name] in shown, f"{cls.__name__}.{field.name}"
     assert "It must be at least 0 and at most 1,000,000. (type: float, default: 1.0)" in shown
     assert "It may change when a run resumes. (type: int, default: 500)" in shown
@@ -148,8 +148,8 @@ def test_what_may_change_when_a_run_resumes():
         *(f"mesh.{name}" for name in (*mesh.split(), "compiled")),
         *(f"model.{name}" for name in ("attention", "remat", "loss_chunk")),
         *(f"train.{name}" for name in train.split()),
-        *(f"align.grpo.{name}" for name in ("rows", "device", "patience", "audio_every")),
-        *(f"align.grpo.{name}" for name in ("least_stopped", "most_pace")),
+        *(f"align.grpo.{name}" for name in ("rows", "device", "patience", "guards")),
+        *(f"align.grpo.{name}" for name in ("audio_every", "least_stopped", "most_pace")),
         *(f"evaluate.{name}" for name in ("every", "texts", "scorers", "device")),
         *(f"evaluate.{name}" for name in ("speaker", "reference", "language")),
         *(f"data.online.{name}" for name in (*online.split(), "gpu_memory")),
