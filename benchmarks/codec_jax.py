@@ -7,6 +7,8 @@ side has the same number of threads, and JAX has compiled its programs before. S
 time are printed beside the clock's: on a machine that does other work at the same time they are the
 fairer ones. A code that differs is printed with its distance to the edge between two codes.
 
+`--gpu` runs both on one GPU, each with half of its memory.
+
 `--precision` also counts how many codes change where each float32 product is made of three passes
 over bfloat16 parts, as a TPU makes it on request, or of one, and where the weights are bfloat16.
 `--stream` measures how far streaming is from decoding whole.
@@ -44,8 +46,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", action="store_true")
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": str(options.threads)}
+    device = "cuda" if options.gpu else "cpu"
+    os.environ |= {"JAX_PLATFORMS": device, "NPROC": str(options.threads)}
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
 
     import jax
     import numpy as np
@@ -58,15 +63,16 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     print(
-        f"{os.cpu_count()}-core {platform.machine()}, load {os.getloadavg()[0]:.1f}; jax", end=" "
+        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()}-core {platform.machine()}, load"
+        f" {os.getloadavg()[0]:.1f}; {jax.devices()[0].device_kind}; jax {jax.__version__}, torch"
+        f" {torch.__version__}, transformers {transformers.__version__}"
     )
-    print(f"{jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     clips = speech(options.frames)[: options.clips]
     frames = len(clips) * options.frames
     print(f"{len(clips)} clips, {frames} frames, {frames / 50:.0f} s of speech", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         config = make_model(folder)
-        theirs = load_codec(folder)
+        theirs = load_codec(folder, device)
         ours = JaxCodec("jax", open_weights(folder, config))
         assert theirs.fingerprint == ours.fingerprint
 
@@ -74,7 +80,7 @@ def main() -> None:
         codes, jax_encode = seconds("jax encodes", frames, lambda: ours.encode(clips))
         bounded = []
         hook = theirs.model.quantizer.quantizer.register_forward_pre_hook(
-            lambda quantizer, inputs: bounded.append(quantizer.bound(inputs[0]).numpy())
+            lambda quantizer, inputs: bounded.append(quantizer.bound(inputs[0]).cpu().numpy())
         )
         batches = [
             clips[i : i + options.torch_batch] for i in range(0, len(clips), options.torch_batch)
@@ -96,14 +102,14 @@ def main() -> None:
 
         seconds("jax, first batches: compiling too", frames, lambda: ours.decode_batch(expected))
         waves, jax_decode = seconds("jax decodes", frames, lambda: ours.decode_batch(expected))
-        array = torch.from_numpy(np.stack(expected).astype(np.int64))[:, None]
+        array = torch.from_numpy(np.stack(expected).astype(np.int64))[:, None].to(device)
         with torch.inference_mode():
             reference, torch_decode = seconds(
                 "torch decodes",
                 frames,
                 lambda: torch.cat(
                     [theirs._wave(part) for part in array.split(options.torch_batch)]
-                ),
+                ).cpu(),
             )
         reference = reference[:, 0].numpy()
         error, loudest = np.abs(np.stack(waves) - reference).max(), np.abs(reference).max()

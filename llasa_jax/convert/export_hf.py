@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from llasa_jax.convert.hf_config import dtype_key
 from llasa_jax.convert.hf_files import (
     CARD,
     CONFIG,
+    PROMPT,
     TOKENIZER_FILES,
     copy_small_files,
     locate,
@@ -47,6 +49,7 @@ from llasa_jax.runtime.bucket_files import put_early
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.storage import absolute, as_path, is_remote
 from llasa_jax.runtime.writing import new_folder
+from llasa_jax.speech.settings import PromptSettings
 
 
 def export_hf(
@@ -151,6 +154,7 @@ def export_hf(
             partial,
             {"vocab_size": config.vocab_size} | ({"tie_word_embeddings": False} if untied else {}),
             dtypes,
+            origin.get("prompt", {}),
         )
         tokens = vocabulary(partial)
         if speaks(tokens):
@@ -258,9 +262,18 @@ def _export_adapter(
         (partial / MADE_FROM).write_text(made_from)
 
 
-def _write_config(folder: Path, values: dict, dtypes: dict[str, np.dtype]) -> None:
-    """The imported config, every key kept, with what is true of these weights."""
+def _write_config(
+    folder: Path, values: dict, dtypes: dict[str, np.dtype], prompt: dict[str, str]
+) -> None:
+    """The imported config, every key kept, with what is true of these weights. What `prompt`, a
+    `PromptSettings` as a dict, has other than Llasa's own goes with them: a model that is asked in
+    another way than it was trained says something else.
+    """
     config = read_json(folder / CONFIG)
+    usual = asdict(PromptSettings().filled())
+    config.pop(PROMPT, None)
+    if own := {name: value for name, value in prompt.items() if value != usual.get(name)}:
+        values |= {PROMPT: own}
     common = Counter(map(str, dtypes.values())).most_common(1)[0][0]
     values |= {
         dtype_key(config): common,

@@ -71,6 +71,8 @@ HARMLESS = {
     *(
         "transformers_version",
         "_name_or_path",
+        "_model_name_or_path",  # of checkpoints that were GGUF files
+        "llasa_prompt",  # our own; see hf_files
         "id2label",
         "label2id",
         "output_attentions",

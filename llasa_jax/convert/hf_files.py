@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from llasa_jax.errors import UserError, first_line
 from llasa_jax.runtime import files, storage
 from llasa_jax.runtime.copies import local_copy
 from llasa_jax.runtime.storage import as_path, is_remote
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.speech.vocab import MARKERS, SPEECH_GENERATION
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+PROMPT = "llasa_prompt"  # our own key in config.json; transformers keeps what it does not know
 # The class of tokenizers that are all in tokenizer.json, Llama 3's among them: its names in
 # transformers 4 and 5.
 GENERIC = "PreTrainedTokenizerFast", "TokenizersBackend"
@@ -236,6 +239,22 @@ def write_generation_config(folder: Path, tokens: dict[str, int]) -> None:
     if pads and generation.get("pad_token_id") in (None, -1, *generation["eos_token_id"]):
         generation["pad_token_id"] = pads[0]
     write_json(path, generation)
+
+
+def prompt_of(config: Path) -> dict[str, dict[str, str]]:
+    """`prompt`, the `PromptSettings` that a checkpoint was trained with, as a dict, where its
+    config.json has them. UserError where they cannot be such.
+    """
+    values = read_json(config).get(PROMPT)
+    if values is None:
+        return {}
+    try:
+        return {"prompt": asdict(PromptSettings(**values).filled(PROMPT))}
+    except TypeError as error:
+        raise UserError(
+            f"{config}: {PROMPT} cannot be read ({first_line(error)}); take it out, and name the"
+            " prompts in the settings"
+        ) from error
 
 
 def licence(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from llasa_jax.convert.hf_files import (
     licence,
     load_tokenizer,
     locate,
+    prompt_of,
     read_json,
     small_files,
     speaks,
@@ -131,7 +132,12 @@ def import_hf(
         write_description(
             partial,
             config,
-            {"base_model": name, **licence(files), **source_reader.original_dtypes()},
+            {
+                "base_model": name,
+                **licence(files),
+                **prompt_of(files / CONFIG),
+                **source_reader.original_dtypes(),
+            },
         )
         (partial / MADE_FROM).write_text(made_from)
 

@@ -110,7 +110,8 @@ def open_model(model: str | Path, weights: bool = True) -> Model:
         )
     path = folder / hf_files.CONFIG
     config = model_config(hf_files.read_json(path), path)
-    origin = {"base_model": name, **hf_files.licence(hf_files.small_files(folder))}
+    card = hf_files.licence(hf_files.small_files(folder))
+    origin = {"base_model": name, **card, **hf_files.prompt_of(path)}
     if weights:
         origin |= HfReader(folder, config).original_dtypes()
     return Model(folder, config, origin, is_hf=True)

@@ -43,6 +43,7 @@ from llasa_jax.model.checksum import checksums
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.model.sharding import abstract_params, make_mesh
 from llasa_jax.plan.plan import model_geometry
+from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.train.loop import train
 
 
@@ -129,6 +130,32 @@ def test_the_fingerprint_covers_every_weight_and_nothing_else(hf, imported, tmp_
         save_params(again, params)
         tree[leaf] = before
         assert open_model(again).fingerprint() != known, name
+
+
+def test_a_release_is_asked_as_it_was_trained(imported, tmp_path):
+    """Prompts other than Llasa's own are in the release's config.json, and come back from it."""
+    own = PromptSettings(user="{text}", assistant_with_speaker="{speaker}{codes}").filled()
+    ours = shutil.copytree(imported, tmp_path / "ours")
+    config, origin = read_description(ours)
+    write_description(ours, config, origin | {"prompt": dataclasses.asdict(own)})
+    release, again = tmp_path / "release", tmp_path / "again"
+    export_hf(ours, release)
+    stored = json.loads((release / "config.json").read_text())["llasa_prompt"]
+    assert set(stored) == {"user", "assistant_with_speaker"}
+    import_hf(release, again)
+    for folder in (release, again):
+        assert load(folder, "float32")[2].settings == own
+    AutoModelForCausalLM.from_pretrained(release)
+
+    write_description(ours, config, origin)
+    export_hf(ours, tmp_path / "usual")
+    assert "llasa_prompt" not in json.loads((tmp_path / "usual" / "config.json").read_text())
+
+    (release / "config.json").write_text(
+        (release / "config.json").read_text().replace('"user"', '"users"')
+    )
+    with pytest.raises(UserError, match="llasa_prompt cannot be read .*users"):
+        open_model(release)
 
 
 def test_full_finetuning_begins_at_a_hugging_face_folder(hf, imported, tmp_path):
