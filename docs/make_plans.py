@@ -32,6 +32,10 @@ PLANNED = {
     "llasa_3b_lora": ["rtx4090:1", "h100:1", "v5e:2x2", "v6e:1x1"],
     "llasa_8b_lora": ["h100:1", "v5e:2x2", "v6e:1x1"],
     "llasa_8b_qlora": ["rtx4090:1", "h100:1", "v5e:1x1", "v5e:2x2"],
+    "llasa_1b_grpo_lora": ["8x80gb"],
+    "llasa_1b_grpo_full": ["8x80gb"],
+    "llasa_3b_grpo_lora": ["8x80gb"],
+    "llasa_3b_grpo_full": ["8x80gb"],
 }
 COLUMNS = ["machine", "overlay", "devices", "rows per device", "peak GiB", "of GiB", ""]
 COLUMNS += ["step (s)", "minutes"]
@@ -47,7 +51,8 @@ overlays keep more where there is room. Memory and times are per device, for row
 TPU plans are compiled by XLA's TPU compiler; GPU plans are **estimates** from shapes, which no GPU
 has confirmed. The time of a step is a lower bound (the longest of arithmetic, memory and links at
 their peak rates); half that speed is usual. The last column is that bound for {HOURS} hours of
-speech, for as many epochs as the recipe says. This page is printed by `docs/make_plans.py`.
+speech, for as many epochs as the recipe says; GRPO's recipes have texts instead, and their peak is
+that of a step or of the rollouts, whichever is more. This page is printed by `docs/make_plans.py`.
 """
 
 
@@ -67,6 +72,8 @@ def planned(recipe: str, machine: str) -> Plan:
     """The plan of a recipe on a machine, with the steps of `HOURS` of speech."""
     settings = parse_settings(arguments(recipe, machine))
     found = plan(settings, MODELS[recipe.split("_")[1]], topology(machine))
+    if settings.align.loss == "grpo":
+        return found
     return with_dataset(found, settings, HOURS * 3600 * CODES_PER_SECOND * TOKENS)
 
 
@@ -83,11 +90,12 @@ def section(recipe: str, plans: dict[str, Plan]) -> str:
 def row(machine: str, found: Plan) -> str:
     """A line of a recipe's table."""
     overlay = "" if ":" in machine else f"`{machine}`"
+    minutes = "" if found.hours_roofline is None else f"{60 * found.hours_roofline:.1f}"
     how = ("estimate" if found.estimated else "compiled") + ("" if found.fits else ", does not fit")
     return (
         f"| {found.topology} | {overlay} | {found.device_count} | {found.rows_per_device:g}"
         f" | {found.peak_hbm_gib:.2f} | {found.hbm_gib:g} | {how}"
-        f" | {found.step_seconds_roofline:.2f} | {60 * found.hours_roofline:.1f} |"
+        f" | {found.step_seconds_roofline:.2f} | {minutes} |"
     )
 
 
