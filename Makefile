@@ -37,7 +37,7 @@ fast: setup
 test: setup
 	$(PYTEST) -m "not soak"
 
-# Long series: processes killed again and again, many hosts, a whole notebook.
+# Long series: kills, many hosts, a whole notebook, more parameters of what `make test` runs once.
 soak: setup
 	$(PYTEST) -m soak
 

@@ -42,7 +42,13 @@ EDITS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "every axis renamed, the MLP whole on every device",
+        pytest.param("the width whole on every device", marks=pytest.mark.soak),
+    ],
+)
 def test_the_table_can_be_edited(edit):
     from twenty_steps import train
 

@@ -61,7 +61,14 @@ def test_mesh_hosts_is_missing_on_one_host(model, records, tmp_path, alone):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("other", ["--data.path=/nope", "--optimizer.learning_rate=0.5", "--x=1"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param("--data.path=/nope", marks=pytest.mark.soak),
+        "--optimizer.learning_rate=0.5",
+        "--x=1",
+    ],
+)
 def test_a_host_that_differs_or_cannot_begin(model, records, tmp_path, other):
     """Settings that differ, and settings with which a host does not even join the others."""
     own = [f"--model.path={model}", f"--data.path={records}", f"--out={tmp_path / 'run'}"]

@@ -52,7 +52,14 @@ def test_a_hidden_transfer_in_a_step_is_refused(model, tmp_path, monkeypatch):
         loop.train(settings_for(model, tmp_path / "run"), [make_clips()])
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGHUP,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.soak),
+        pytest.param(signal.SIGUSR2, marks=pytest.mark.soak),
+    ],
+)
 def test_other_signals_save_too(model, tmp_path, monkeypatch, number):
     real, count = TrainStep.place, iter(range(100))
 

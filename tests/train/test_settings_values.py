@@ -61,7 +61,7 @@ def assert_allowed(field, value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_values_on_the_command_line(seed):
     draw = random.Random(seed)
     needed = ["--out=o", "--model.path=m", "--data.path=d"]
@@ -75,7 +75,7 @@ def test_values_on_the_command_line(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_values_in_a_file(tmp_path, seed):
     draw = random.Random(seed)
     path = tmp_path / "c.yaml"

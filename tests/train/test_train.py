@@ -135,7 +135,10 @@ def test_a_damaged_checkpoint_is_passed_over(finished, model, clips, tmp_path):
 
 @pytest.mark.parametrize(
     ("devices", "mesh"),
-    [(8, {"data": 1, "fsdp": 4, "tensor": 2}), (4, {"data": 1, "fsdp": 2, "tensor": 2})],
+    [
+        pytest.param(8, {"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.soak),
+        (4, {"data": 1, "fsdp": 2, "tensor": 2}),
+    ],
     ids=str,
 )
 def test_another_mesh_goes_on_with_the_same_data(
