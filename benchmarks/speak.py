@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from llasa_jax.codec import load_codec
 from llasa_jax.convert.extend_vocab import sums_over_digits
 from llasa_jax.demo import CODEC
-from llasa_jax.demo.tiny_llama import SAMPLE_TEXT, make_tiny_llama, make_tiny_tokenizer
+from llasa_jax.demo.tiny_llama import make_tiny_llama, make_tiny_tokenizer
 from llasa_jax.speech.audio import SAMPLE_RATE, read_audio
 from llasa_jax.speech.vocab import NUM_CODES, SpeechVocab
 
@@ -70,6 +70,21 @@ SENTENCES = (
     "<action> the <device> in the <room> at <hour> <minute>",
     "call <name> on <digit> <digit> <digit> <digit> <digit>",
 )
+# The chat of a Llama without its headers and its system turn, which a model that begins with random
+# weights would have to learn to look past.
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}{%- for message in messages -%}{{- message['content'] | trim -}}"
+    "{%- if message['role'] == 'assistant' -%}<|eot_id|>{%- endif -%}{%- endfor -%}"
+)
+PROMPT = "--prompt.user={text}", "--prompt.assistant_with_speaker={speaker}{codes}"
+# What is also learned from, and not asked for: parts of sentences, where which word comes next is
+# known from the text alone.
+PHRASES = (
+    *(f"<{name}>" for name in WORLD),
+    *("<digit> <digit>", "<digit> <digit> <digit>", "call <name>", "meet <name>"),
+    *("<name> on <day>", "the <ordinal> of <month>", "<month> at <hour>", "it is <hour>"),
+    *("<hour> <minute>", "at <hour> <minute>", "<action> the <device>", "in the <room> at <hour>"),
+)
 
 
 def grammar() -> str:
@@ -79,12 +94,17 @@ def grammar() -> str:
     return "\n".join(["#JSGF V1.0;", "grammar world;", *rules, public])
 
 
-def draw(count: int, seed: int, without: frozenset[str] = frozenset()) -> list[str]:
-    """`count` different sentences of the world, none of them in `without`."""
+def draw(
+    count: int,
+    seed: int,
+    without: frozenset[str] = frozenset(),
+    patterns: tuple[str, ...] = SENTENCES,
+) -> list[str]:
+    """`count` different texts of the world, none of them in `without`."""
     rng = np.random.default_rng(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        pattern = SENTENCES[rng.integers(len(SENTENCES))]
+        pattern = patterns[rng.integers(len(patterns))]
         text = re.sub(
             "<(.*?)>", lambda slot: WORLD[slot[1]][rng.integers(len(WORLD[slot[1]]))], pattern
         )
@@ -128,7 +148,8 @@ def run(*arguments) -> None:
 def structured_codes(folder: Path, seed: int) -> None:
     """Gives the codes of an HF checkpoint random embeddings that know how a code is made: each is
     the sum of eight vectors, one for each of its digits of base 4 (XCodec2's FSQ levels). Codes
-    that sound alike begin alike, so that one that is rare in a few hours is not learned alone.
+    that sound alike begin alike, so that one that is rare in a few hours is not learned alone. They
+    are large, or else some dozens of Adam's steps would undo it.
     """
     from safetensors.torch import load_file, save_file
 
@@ -136,7 +157,7 @@ def structured_codes(folder: Path, seed: int) -> None:
     tensors = load_file(file)
     base = SpeechVocab.of(AutoTokenizer.from_pretrained(folder)).code_base
     width = tensors[name].shape[1]
-    vectors = np.random.default_rng(seed).normal(0, 0.02 / np.sqrt(8), (8, 4, width))
+    vectors = np.random.default_rng(seed).normal(0, 0.12 / np.sqrt(8), (8, 4, width))
     rows = sums_over_digits(vectors).astype(np.float32)
     tensors[name][base : base + NUM_CODES] = torch.from_numpy(rows)
     save_file(tensors, file, {"format": "pt"})
@@ -157,18 +178,19 @@ def say(out: Path, name: str, model: Path, asked: list[dict], *more) -> None:
     )
 
 
-def learn(out: Path, name: str, model: Path, records: Path, steps: int, *more) -> None:
+def learn(out: Path, name: str, model: Path, records: list[Path], steps: int, *more) -> None:
     run(
         "train",
         f"--out={out / name}",
         f"--model.path={model}",
         "--model.dtype=float32",
         "--model.remat=none",
-        f"--data.path={records}",
+        f"--data.sources={json.dumps([{'path': str(path)} for path in records])}",
         "--data.max_length=1024",
         f"--train.steps={steps}",
         f"--train.save_every={max(1, steps // 10)}",
         "--train.keep=1",
+        *PROMPT,
         *more,
     )
 
@@ -184,19 +206,27 @@ def encoded(out: Path, name: str, texts: list[str], voices: tuple[str, ...]) -> 
     return records
 
 
-def from_nothing(out: Path, texts: list[str], asked: list[dict], options) -> None:
-    records = encoded(out, "train", texts, VOICES)
+def from_nothing(
+    out: Path, texts: list[str], phrases: list[str], asked: list[dict], options
+) -> None:
+    records = [encoded(out, "train", texts, VOICES)]
+    records.append(encoded(out, "phrases", [one for one in phrases for _ in VOICES], VOICES))
     if not (out / "hf" / "structured").exists():
+        tokenizer = make_tiny_tokenizer([*texts, *VOICES, NEW_VOICE])
+        tokenizer.chat_template = CHAT_TEMPLATE
         make_tiny_llama(
             out / "hf",
-            make_tiny_tokenizer([*SAMPLE_TEXT, *texts]),
+            tokenizer,
             seed=options.seed,
             hidden_size=options.width,
-            intermediate_size=3 * options.width,
+            intermediate_size=4 * options.width,
             num_hidden_layers=options.layers,
-            num_attention_heads=options.width // 64,
-            num_key_value_heads=options.width // 64,
-            head_dim=64,
+            num_attention_heads=options.width // 32,
+            num_key_value_heads=options.width // 32,
+            head_dim=32,
+            # Of a Llama, but for so narrow a model and so short texts.
+            initializer_range=0.05,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         )
         structured_codes(out / "hf", options.seed)
         (out / "hf" / "structured").touch()
@@ -208,7 +238,7 @@ def from_nothing(out: Path, texts: list[str], asked: list[dict], options) -> Non
 
 def new_voice(out: Path, texts: list[str], asked: list[dict], options) -> None:
     """The trained model learns `NEW_VOICE` from a few minutes."""
-    records = encoded(out, "new", texts, (NEW_VOICE,))
+    records = [encoded(out, "new", texts, (NEW_VOICE,))]
     run("export-hf", out / "run", out / "release")
     say(out, "new_before", out / "run", asked)
     rows = "--train.rows=2"
@@ -327,33 +357,39 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="keep the tables and five wavs here too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hours", type=float, default=2.5)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument(
+        "--phrases", type=int, default=1200, help="parts of sentences, in all voices"
+    )
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--sentences", type=int, default=200, help="unseen ones, to be said")
     parser.add_argument("--new-minutes", type=float, default=3.0, help="of the new voice")
     parser.add_argument("--new-steps", type=int, default=150)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    world, place = [options.seed, options.hours, options.sentences], out / "world.json"
+    world = [options.seed, options.hours, options.phrases, options.sentences]
+    place = out / "world.json"
     if place.exists() and json.loads(place.read_text()) != world:
         raise SystemExit(f"{out} holds other sentences; give another --out, or the same options")
     place.write_text(json.dumps(world))
     unseen = draw(options.sentences, options.seed + 1)
     texts = draw(int(options.hours * 3600 / SECONDS), options.seed, frozenset(unseen))
+    phrases = draw(options.phrases, options.seed, patterns=PHRASES)
     asked = record(out / "flite", unseen, "u")
     few = texts[: max(1, int(options.new_minutes * 60 / SECONDS))]
     new = record(out / "flite_new", unseen[: max(1, len(unseen) // 4)], "n", (NEW_VOICE,))
-    from_nothing(out, texts, asked, options)
+    from_nothing(out, texts, phrases, asked, options)
     new_voice(out, few, new, options)
     table = measure(out, asked, new)
     table.append(
-        f"seed {options.seed}, {options.hours} hours of speech, {options.steps} steps of"
+        f"seed {options.seed}, {options.hours} hours of sentences and {options.phrases} phrases in"
+        f" each voice, {options.steps} steps of"
         f" {options.rows} rows of 1024 tokens, width {options.width}, {options.layers} layers;"
         f" {options.new_minutes} minutes and {options.new_steps} steps for the new voice"
     )
