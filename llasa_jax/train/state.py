@@ -2,7 +2,6 @@
 
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -72,21 +71,20 @@ def _state(
     data: grain.DatasetIterator,
 ) -> TrainState:
     """`trainable` are a LoRA run's, before any training; None where the model itself is trained."""
-    functions, first = job.functions, dict[str, Any]()
-    if job.settings.align.loss == "grpo" and job.settings.align.grpo.kl:
-        # A step takes over the memory of what it changes, so this is a copy: of the adapters, whose
-        # base is there already, or in full finetuning of all weights.
-        first = (
-            model_folder.restore_params(job.source, functions.trainable)
-            if trainable is None
-            else jax.tree.map(jnp.copy, trainable)
-        )
-    if restored := checkpoints.restore(functions.trainable, functions.opt_state, data):
+    functions, align = job.functions, job.settings.align
+    has_reference = align.loss == "grpo" and align.grpo.kl > 0
+    restored = checkpoints.restore(functions.trainable, functions.opt_state, data)
+    if trainable is None and (has_reference or not restored):
+        trainable = model_folder.restore_params(job.source, functions.trainable)
+    first = trainable if trainable and has_reference else {}
+    if restored:
         step, trained, opt_state = restored
         say(f"going on after step {step}")
         return TrainState(step, frozen, trained, opt_state, first)
-    if trainable is None:
-        trainable = model_folder.restore_params(job.source, functions.trainable)
+    assert trainable is not None
+    # A step takes over the memory of what it changes, so the reference is a copy: of the adapters,
+    # whose base is there already, or in full finetuning of all weights.
+    first = jax.tree.map(jnp.copy, first)
     return TrainState(0, frozen, trainable, functions.init(trainable), first)
 
 
