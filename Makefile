@@ -52,8 +52,9 @@ types: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Not those that train for hours, or need Ray or a GPU.
-LONG = $(addprefix benchmarks/,attention.py speak.py train_codec.py ray_kills.py lengths.py)
+# Not those that train for hours, or need Ray or a GPU, nor what others import.
+LONG = $(addprefix benchmarks/,attention.py speak.py preference.py train_codec.py ray_kills.py \
+	lengths.py spoken_world.py)
 
 bench: setup
 	for program in $(filter-out $(LONG),$(wildcard benchmarks/*.py)); do \

@@ -94,8 +94,8 @@ def add_scorers(parser) -> None:
         "--scorer",
         action="append",
         help="what measures; may be given several times: pocketsphinx, whisper, paraformer,"
-        " resemblyzer, wavlm, dnsmos, utmos, levels, or asr:ID or speaker:ID with a hub id or"
-        f" folder; if none is given, {', '.join(SCORERS)}",
+        " resemblyzer, wavlm, dnsmos, utmos, levels, pocketsphinx:FILE with a JSGF grammar, or"
+        f" asr:ID or speaker:ID with a hub id or folder; if none is given, {', '.join(SCORERS)}",
     )
     parser.add_argument(
         "--scorer-device", default="cpu", help="what runs the scorers: a device of PyTorch's"

@@ -7,6 +7,7 @@ Whisper's paper and in Seed-TTS-eval.
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,10 +112,12 @@ class Recogniser:
         return " ".join(self._letters(text).split())
 
 
-def pocketsphinx(language: str = "") -> Recogniser:
+def pocketsphinx(language: str = "", grammar: str | Path = "") -> Recogniser:
     """CMU PocketSphinx with the English model in its package: on the CPU, without a download.
 
-    It understands clear English: for flite's voices it errs in 0 to 20% of the words.
+    It understands clear English: for flite's voices it errs in 0 to 20% of the words. With the file
+    of a JSGF `grammar`, whose words its dictionary must have, it hears the grammar's sentences
+    alone, and errs less. UserError for a grammar that it does not take.
     """
     if language_code(language) not in ("", "en"):
         raise UserError(
@@ -122,6 +125,15 @@ def pocketsphinx(language: str = "") -> Recogniser:
             " another recogniser as asr:HUB_ID"
         )
     decoder = needed("pocketsphinx").Decoder(samprate=float(SAMPLE_RATE), loglevel="FATAL")
+    if grammar:
+        try:
+            decoder.add_jsgf_string("grammar", Path(grammar).read_text(encoding="utf-8"))
+            decoder.activate_search("grammar")
+        except (OSError, UnicodeDecodeError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"PocketSphinx does not take the grammar {grammar} ({first_line(error)}); give a"
+                " file in JSGF with a public rule, whose words are English ones in small letters"
+            ) from error
 
     def hear(waves: list[np.ndarray]) -> list[str]:
         texts = []

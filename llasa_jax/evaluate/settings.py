@@ -18,7 +18,8 @@ class EvaluateSettings:
     """What is spoken. Ten sentences or more show more than chance."""
     scorers: list[str] = setting(lambda: ["whisper", "levels"], resume=True)
     """What measures it: pocketsphinx, whisper, paraformer, resemblyzer, wavlm, dnsmos, utmos,
-    levels, or asr:ID or speaker:ID with a hub id or folder."""
+    levels, pocketsphinx:FILE with a JSGF grammar, or asr:ID or speaker:ID with a hub id or
+    folder."""
     device: str = setting(
         "cpu",
         pattern=r"(cpu|cuda|mps|xpu|hpu)(:\d{1,3})?",

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from llasa_jax.generate.settings import SamplingSettings
 
+# Tokens among which top-p is looked for first, without top-k.
+BEST = 1024
+
 
 def penalize_repetition(scores_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
     """Worse scores for tokens that a row has `seen` (bool [B, V]). transformers'
@@ -30,19 +33,44 @@ def keep_top_k(scores_BV: jax.Array, k: int) -> jax.Array:
     """The k best tokens, and those that tie with the last of them. transformers'
     `TopKLogitsWarper`.
     """
-    worst_kept = jax.lax.top_k(scores_BV, min(k, scores_BV.shape[-1]))[0][:, -1:]
+    best_BK = jax.lax.top_k(scores_BV, min(k, scores_BV.shape[-1]))[0]
+    # Their last one, but as a minimum: of a slice XLA makes a sort of the whole vocabulary, sixty
+    # times as slow on a CPU.
+    worst_kept = best_BK.min(-1, keepdims=True)
     return jnp.where(scores_BV < worst_kept, -jnp.inf, scores_BV)
 
 
-def keep_top_p(scores_BV: jax.Array, p: float) -> jax.Array:
+def keep_top_p(scores_BV: jax.Array, p: float, best: int = BEST) -> jax.Array:
     """The fewest most probable tokens whose probabilities reach p; always one. transformers'
     `TopPLogitsWarper`.
+
+    Sorting a vocabulary takes a hundred times as long as finding its `best` tokens (B = 64 on a
+    CPU: 870 and 6 ms), so all are sorted only where those do not reach p in every row.
     """
     rows = jnp.arange(scores_BV.shape[0])[:, None]
-    ascending = jnp.argsort(scores_BV, axis=-1)
-    below = jnp.cumsum(jax.nn.softmax(scores_BV[rows, ascending], axis=-1), axis=-1)
-    drop = (below <= 1 - p).at[:, -1].set(False)
-    return scores_BV.at[rows, ascending].set(jnp.where(drop, -jnp.inf, scores_BV[rows, ascending]))
+    best_BK, ids_BK = jax.lax.top_k(scores_BV, min(best, scores_BV.shape[-1]))
+    chances_BV = jax.nn.softmax(scores_BV, axis=-1)
+    chances_BK = chances_BV[rows, ids_BK]
+    # What the others have together; some of them may tie with the worst of the best.
+    worst_B1 = best_BK.min(-1, keepdims=True)
+    others_B = jnp.where(scores_BV <= worst_B1, chances_BV, 0).sum(-1)
+    others_B -= jnp.where(best_BK == worst_B1, chances_BK, 0).sum(-1)
+
+    def among_best() -> jax.Array:
+        # Summed from the least, as in transformers: near 1 little would be left of small chances.
+        below = others_B[:, None] + jnp.cumsum(chances_BK[:, ::-1], axis=-1)[:, ::-1]
+        drop = (below <= 1 - p).at[:, 0].set(False)
+        kept = jnp.where(drop, -jnp.inf, best_BK)
+        return jnp.full_like(scores_BV, -jnp.inf).at[rows, ids_BK].set(kept)
+
+    def among_all() -> jax.Array:
+        ascending = jnp.argsort(scores_BV, axis=-1)
+        below = jnp.cumsum(chances_BV[rows, ascending], axis=-1)
+        drop = (below <= 1 - p).at[:, -1].set(False)
+        kept = jnp.where(drop, -jnp.inf, scores_BV[rows, ascending])
+        return scores_BV.at[rows, ascending].set(kept)
+
+    return jax.lax.cond(jnp.all(others_B <= 1 - p), among_best, among_all)
 
 
 def process(
@@ -64,7 +92,9 @@ def process(
     scores_BV = scores_BV / settings.temperature
     if settings.top_k:
         scores_BV = keep_top_k(scores_BV, settings.top_k)
-    return keep_top_p(scores_BV, settings.top_p) if settings.top_p < 1 else scores_BV
+    if settings.top_p < 1:
+        scores_BV = keep_top_p(scores_BV, settings.top_p, settings.top_k or BEST)
+    return scores_BV
 
 
 def ban(scores_BV: jax.Array, ids_BR: jax.Array, banned_BR: jax.Array) -> jax.Array:

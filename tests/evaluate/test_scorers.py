@@ -63,6 +63,26 @@ def test_languages():
         load_scorer("pocketsphinx", language="de")
 
 
+def test_pocketsphinx_hears_what_a_grammar_allows(tmp_path):
+    rules = tmp_path / "world.gram"
+    door = "please close the door behind you"
+    for sentences, heard in ((f"{door} | zebra", {door}), ("zebra | yellow", {"zebra", "yellow"})):
+        rules.write_text(f"#JSGF V1.0;\ngrammar world;\npublic <sentence> = {sentences};\n")
+        scorer = load_scorer(f"pocketsphinx:{rules}")
+        assert scorer.transcribe([recording("rms_1")])[0] in heard
+
+
+@pytest.mark.parametrize(
+    "rules", [None, "nothing of the kind", "#JSGF V1.0;\ngrammar a;\npublic <a> = qzxv;\n", b"\xff"]
+)
+def test_a_grammar_that_is_none(tmp_path, rules):
+    place = tmp_path / "world.gram"
+    if rules is not None:
+        place.write_bytes(rules if isinstance(rules, bytes) else rules.encode())
+    with pytest.raises(UserError, match=r"PocketSphinx does not take the grammar .*world\.gram"):
+        load_scorer(f"pocketsphinx:{place}")
+
+
 def test_pocketsphinx_hears_the_recordings():
     scorer = load_scorer("pocketsphinx")  # which checks rms_1 too
     assert scorer.transcribe([recording("rms_2")]) == ["i left my keys on the table"]

@@ -51,9 +51,9 @@ def test_each_processor_equals_transformers(scores, history, seen):
             sampling.keep_top_k(scores, k), hf(tf.TopKLogitsWarper(k), history, scores)
         )
     for p in (1e-6, 0.3, 0.9, 0.999):
-        np.testing.assert_array_equal(
-            sampling.keep_top_p(scores, p), hf(tf.TopPLogitsWarper(p), history, scores)
-        )
+        theirs = hf(tf.TopPLogitsWarper(p), history, scores)
+        for best in (1, 40, VOCAB):  # too few in all rows, in some, in none
+            np.testing.assert_array_equal(sampling.keep_top_p(scores, p, best), theirs)
 
 
 def test_ties_and_suppressed_tokens_as_in_transformers(history):
@@ -69,11 +69,10 @@ def test_ties_and_suppressed_tokens_as_in_transformers(history):
         )
     # Which of the tied tokens go is arbitrary there, how many is not.
     for p in (0.05, 0.5, 0.95):
-        ours, theirs = (
-            np.asarray(sampling.keep_top_p(scores, p)),
-            hf(tf.TopPLogitsWarper(p), history, scores),
-        )
-        np.testing.assert_array_equal(np.sort(ours), np.sort(theirs))
+        theirs = np.sort(hf(tf.TopPLogitsWarper(p), history, scores))
+        for best in (10, 300, VOCAB):
+            ours = np.sort(sampling.keep_top_p(scores, p, best))
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
