@@ -19,6 +19,7 @@ from llasa_jax.encode.offline import MAX_CLIP_SECONDS, Job, Summary, encode_here
 from llasa_jax.encode.parquet_table import ParquetTable, open_parquet
 from llasa_jax.encode.tables import TableAudio, check_columns, holds_path, row_id
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.storage import is_remote
 
 
 def import_hf_dataset(
@@ -55,6 +56,8 @@ def import_hf_dataset(
     if "audio" in columns:
         audio = TableAudio(name, tables, columns, validation_share, seed)
         audio.read_forward = all(isinstance(table, ParquetTable) for table in tables.values())
+        if any(map(is_remote, (file for table in tables.values() for file in table.files))):
+            workers = 1  # each reads all files, which may be a large download
         return encode_here(
             Job(
                 lambda: audio,

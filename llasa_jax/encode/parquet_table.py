@@ -1,5 +1,5 @@
-"""Hugging Face datasets in Parquet files, read where they lie. `datasets` would write all of them
-to its cache once more, as Arrow, to have random access.
+"""Hugging Face datasets in Parquet files, read where they lie: on the disk, on the hub, or in a
+bucket. `datasets` would write all of them to its cache once more, as Arrow, to have random access.
 
 Texts are kept in memory. Audio and codes are read forward, some rows at a time, so rows that follow
 each other cost one pass over a file; a step back begins its row group again.
@@ -8,38 +8,64 @@ each other cost one pass over a file; a step back begins its row group again.
 import bisect
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llasa_jax.encode.hf_table import HFTable, split_name
 from llasa_jax.errors import UserError, first_line
+from llasa_jax.runtime import storage
 
 ROWS = 16  # of audio or codes, in memory at a time
+BLOCK = 4 << 20  # bytes that are asked of a store at once
 
 
 def open_parquet(source: str | os.PathLike, config: str | None) -> "dict[str, ParquetTable] | None":
-    """The splits of a folder of this machine that `datasets` knows for one of Parquet files; None
-    for others, or where `datasets` is not installed. UserError for damaged files.
+    """The splits of a folder (of this machine, or gs:// or s3://) or a hub id that `datasets` knows
+    for one of Parquet files; None for others, or where `datasets` is not installed. UserError for
+    damaged files, and for a bucket's folder without such files.
     """
-    if not Path(source).is_dir():
-        return None
     try:
         import datasets
         from datasets.packaged_modules.parquet.parquet import Parquet
     except ImportError:
         return None
-    try:
-        builder = datasets.load_dataset_builder(os.fspath(source), config)
-    except (OSError, ValueError):
-        return None  # `load_splits` says why
-    if not isinstance(builder, Parquet) or not builder.config.data_files:
-        return None
+    if storage.is_remote(source):
+        files_of = _files_in_bucket(os.fspath(source))
+    else:
+        try:
+            builder = datasets.load_dataset_builder(os.fspath(source), config)
+        except (OSError, ValueError):
+            return None  # `load_splits` says why
+        if not isinstance(builder, Parquet) or not builder.config.data_files:
+            return None
+        files_of = builder.config.data_files
     return {
         split_name(str(split)): ParquetTable([str(file) for file in files], str(source))
-        for split, files in builder.config.data_files.items()
+        for split, files in files_of.items()
     }
+
+
+def _files_in_bucket(folder: str) -> dict[str, list[str]]:
+    """The Parquet files of each split, told from their names as `datasets` does it."""
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+
+    try:
+        with storage.reaching(folder):
+            found = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)
+    except (EmptyDatasetError, FileNotFoundError):
+        found = {}
+    files_of = {
+        split: [file for file in files if file.endswith(".parquet")]
+        for split, files in found.items()
+    }
+    files_of = {split: files for split, files in files_of.items() if files}
+    if not files_of:
+        raise UserError(
+            f"{folder}: no Parquet files are there, and of buckets no other datasets of Hugging"
+            " Face's are read; check the folder, or copy it to this machine."
+        )
+    return files_of
 
 
 class ParquetTable(HFTable):
@@ -76,7 +102,7 @@ class ParquetTable(HFTable):
                 import pyarrow as pa
                 import pyarrow.parquet as pq
 
-                parts = [pq.read_table(file, columns=columns) for file in self.files]
+                parts = [pq.read_table(opened(file), columns=columns) for file in self.files]
                 self._views[names] = _Texts(pa.concat_tables(parts))
             else:
                 self._views[names] = _Forward(self.files, self._starts, columns)
@@ -117,7 +143,10 @@ class _Forward:
         number = bisect.bisect_right(self._starts, index) - 1
         if number != self._number:
             # Not all of a row group at once: it may be as large as the file.
-            self._file = pq.ParquetFile(self._files[number], pre_buffer=False, buffer_size=1 << 20)
+            if self._file is not None:
+                self._file.close(force=True)
+            file = opened(self._files[number])
+            self._file = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
             self._number = number
         start, group = self._starts[number], 0
         while index >= (end := start + self._file.metadata.row_group(group).num_rows):
@@ -127,13 +156,21 @@ class _Forward:
         self._end = end
 
 
+def opened(file: str) -> Any:
+    """What pyarrow reads a file by: the path, or one that asks its store for what is read."""
+    if not storage.is_remote(file):
+        return file
+    return storage.file_system(file).open(file, "rb", block_size=BLOCK, cache_type="readahead")
+
+
 def _described(file: str):
     """The columns of a file, and how many rows it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(file)
+        with storage.reaching(file):
+            metadata = pq.read_metadata(opened(file))
         return metadata.schema.to_arrow_schema(), metadata.num_rows
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}); copy it again.") from error

@@ -1,18 +1,25 @@
 """Datasets in Parquet files: the records that `datasets` gives, without its copy of the audio."""
 
 import io
+import json
 import pickle
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
 import soundfile
 from counting_codec import CountingCodec
+from places import FIXTURES, ROOT, environment
 
 from llasa_jax.data.builder import open_dataset
 from llasa_jax.encode import parquet_table
 from llasa_jax.encode.hf_dataset import import_hf_dataset
 from llasa_jax.encode.parquet_table import open_parquet
 from llasa_jax.errors import UserError
+from llasa_jax.runtime import storage
 
 COLUMNS = {"audio": "audio", "text": "sentence", "speaker": "who"}
 
@@ -99,6 +106,58 @@ def test_rows_in_order_are_one_pass(table, files, monkeypatch):
         "text": "Row 5.",
         "speaker": "cyd",
     }
+
+
+@pytest.fixture
+def wanted(files, tmp_path):
+    """The records of the same files on the disk."""
+    import_hf_dataset(files, tmp_path / "wanted", COLUMNS, CountingCodec(), workers=1)
+    return record_files(tmp_path / "wanted")
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub_is_read_and_not_kept(files, wanted, tmp_path):
+    """In a process of its own: libraries read the hub's address as they are imported."""
+    address, home = tmp_path / "address", tmp_path / "home"
+    server = [sys.executable, FIXTURES / "hub_server.py", files, "org/voices", address]
+    program = (
+        "import sys; from pathlib import Path; from counting_codec import CountingCodec;"
+        " from llasa_jax.encode.hf_dataset import import_hf_dataset;"
+        f" import_hf_dataset('org/voices', Path(sys.argv[1]), {COLUMNS}, CountingCodec())"
+    )
+    with subprocess.Popen(server) as hub:
+        try:
+            while not address.exists():
+                assert hub.poll() is None
+                time.sleep(0.05)
+            own = environment(
+                1, HF_ENDPOINT=address.read_text(), HF_HOME=str(home), HF_HUB_OFFLINE="0"
+            )
+            own["PYTHONPATH"] = f"{FIXTURES}:{ROOT}"
+            out = tmp_path / "out"
+            subprocess.run([sys.executable, "-c", program, out], env=own, check=True)
+            with urllib.request.urlopen(f"{address.read_text()}/_served") as answer:
+                served = json.loads(answer.read())
+        finally:
+            hub.kill()
+    assert record_files(out) == wanted
+    assert set(served) == {file.name for file in files.iterdir()}
+    kept = [path for path in home.rglob("*") if path.is_file() and path.stat().st_size]
+    assert not kept
+
+
+def test_parquet_in_a_bucket(files, wanted, tmp_path, bucket):
+    for file in files.iterdir():
+        storage.write_bytes(f"{bucket}/voices/{file.name}", file.read_bytes())
+    made = import_hf_dataset(f"{bucket}/voices", tmp_path / "out", COLUMNS, CountingCodec())
+    assert (made.encoded, made.bad) == (68, 2)
+    assert record_files(tmp_path / "out") == wanted
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(UserError, match=f"{bucket}/none"):
+        import_hf_dataset(f"{bucket}/none", tmp_path / "no", COLUMNS, CountingCodec())
+    storage.write_bytes(f"{bucket}/texts/a.txt", b"nothing")
+    with pytest.raises(UserError, match=f"{bucket}/texts: no Parquet files are there"):
+        import_hf_dataset(f"{bucket}/texts", tmp_path / "no", COLUMNS, CountingCodec())
 
 
 def test_refusals(table, files, tmp_path):
