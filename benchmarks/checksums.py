@@ -20,7 +20,7 @@ import grain
 import jax
 
 from llasa_jax.model.checksum import checksums
-from llasa_jax.train.checkpoints import Checkpoints, _all_finite
+from llasa_jax.train.checkpoints import Checkpoints, all_finite
 
 MUST_STAY_BELOW = 0.02
 D, MLP, KV = 2048, 8192, 512
@@ -79,7 +79,7 @@ def main() -> None:
         checksums(opt_state)
 
     def look():
-        _all_finite(params)
+        all_finite(params)
 
     check()
     look()  # both compile

@@ -121,8 +121,7 @@ def _description(path: Path) -> tuple[ModelConfig, dict]:
     description = read_json(path, "the model's description", fix="import the model again")
     try:
         config = dict(description["config"])
-        # Folders of older versions have none.
-        if description.get("checksum", _geometry_checksum(config)) != _geometry_checksum(config):
+        if description["checksum"] != _geometry_checksum(config):
             raise ValueError("its config is not as it was written")
         if config["rope_scaling"] is not None:
             config["rope_scaling"] = RopeScaling(**config["rope_scaling"])

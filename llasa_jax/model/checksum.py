@@ -103,3 +103,14 @@ def compare(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], w
             f"{where} is damaged: the checksum of {name}{layer} is not the one that was saved; use"
             " another copy or another checkpoint"
         )
+
+
+def all_finite(tree) -> bool:
+    """Whether no number of a tree of arrays is infinite or nan."""
+    return bool(jax.device_get(_finite(tree)))
+
+
+@jax.jit
+def _finite(tree) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))

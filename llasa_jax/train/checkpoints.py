@@ -22,7 +22,6 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llasa_jax.convert.model_folder import (
@@ -37,14 +36,14 @@ from llasa_jax.convert.model_folder import (
     saved_steps,
 )
 from llasa_jax.errors import UserError
-from llasa_jax.model.checksum import checksums, compare
+from llasa_jax.model.checksum import all_finite, checksums, compare
 from llasa_jax.runtime import hosts, storage
 from llasa_jax.runtime.faults import first_unreadable, is_passing
 from llasa_jax.runtime.files import explain, is_full
 from llasa_jax.runtime.library_path import library_path
 from llasa_jax.runtime.storage import absolute, is_remote
 from llasa_jax.train.orbax_on_s3 import let_orbax_use_s3
-from llasa_jax.train.places import gathered_places, old_places
+from llasa_jax.train.places import gathered_places
 
 OPTIMIZER, DATA = "optimizer", "data"
 STREAMS = "streams"  # in `about` how many there are, in `data` the place in each
@@ -120,7 +119,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        if not _all_finite(params):
+        if not all_finite(params):
             raise UserError(
                 f"the weights became infinite or nan by step {step}, which is not saved; lower"
                 " optimizer.learning_rate or look at the data, and go on from the last checkpoint"
@@ -189,9 +188,7 @@ class Checkpoints:
         return None
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Orbax's question which checkpoints to keep, in the order of their steps. (Its own
-        policies would look for the numbers where older runs have none.)
-        """
+        """Orbax's question which checkpoints to keep, in the order of their steps."""
         return self._preserved([checkpoint.step for checkpoint in checkpoints])
 
     def _preserved(self, steps: list[int]) -> list[bool]:
@@ -238,21 +235,17 @@ class Checkpoints:
         """The weights, the optimizer's state and the places in the data of a step, found whole; or
         None and what is wrong with them. UserError where a fault does not pass.
         """
-        old = STREAMS not in read_about(self._run, step)
         items = {
             PARAMS: ocp.args.StandardRestore(params),
             OPTIMIZER: ocp.args.StandardRestore(opt_state),
             DATA: ocp.args.JsonRestore(),
             ABOUT: ocp.args.JsonRestore(),
         }
-        if old:
-            del items[DATA]
 
         def read():
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            folder = self._folder / str(step) / DATA
-            places = old_places(folder, self._streams) if old else restored[DATA][STREAMS]
-            return *jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER])), places
+            state = jax.block_until_ready((restored[PARAMS], restored[OPTIMIZER]))
+            return *state, restored[DATA][STREAMS]
 
         for wait in (*RETRIES, None):
             restored, verdict, failure = self._attempt(step, read)
@@ -300,33 +293,27 @@ class Checkpoints:
         finite.
         """
         about = read_about(self._run, step)
-        # Checkpoints of older versions have no checksums.
-        if about.pop("checksum", None) not in (None, _crc(about)):
+        if about.pop("checksum", None) != _crc(about):
             raise ValueError(f"the checksum of {ABOUT} is not the one that was saved")
-        saved = about.get("checksums", {})
+        saved = about["checksums"]
         for name, tree in ((PARAMS, params), (OPTIMIZER, opt_state)):
-            if name in saved:
-                compare(checksums(tree), saved[name], f"{name} of step {step}")
-        if DATA in saved and saved[DATA] != [_crc(place) for place in places]:
+            compare(checksums(tree), saved[name], f"{name} of step {step}")
+        if saved[DATA] != [_crc(place) for place in places]:
             raise ValueError("the checksum of the place in the data is not the one that was saved")
-        if not _all_finite(params):
+        if not all_finite(params):
             raise ValueError("its weights are not finite")
 
     def _about(self, step: int) -> dict:
         """What was noted beside a step; nothing where that is damaged."""
         about = read_about(self._run, step)
-        checksum = about.pop("checksum", None)
-        return about if checksum in (None, _crc(about)) else {}
+        return about if about.pop("checksum", None) == _crc(about) else {}
 
     def _check_place(self, step: int) -> None:
         if self._base:
             check_fingerprint(self._run, step, *self._base)
         about = read_about(self._run, step)
         for name, now in self._data.items():
-            # Runs of older versions have a stream a host.
-            before = about.get("hosts", now) if name == STREAMS else now
-            before = about.get(name, before)
-            if before != now:
+            if (before := about.get(name, now)) != now:
                 what = {
                     STREAMS: f"with data.streams={before}, not {now}",
                     "clips": f"from {before} training clips, not {now}",
@@ -410,16 +397,6 @@ def _free_name(path: Path) -> Path:
     """`path`, or with a number after it where that exists: an earlier one is kept."""
     names = (path.with_name(f"{path.name}.{n}" if n else path.name) for n in range(10_000))
     return next(name for name in names if not name.exists())
-
-
-@jax.jit
-def _finite(tree) -> jax.Array:
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))
-
-
-def _all_finite(tree) -> bool:
-    return bool(jax.device_get(_finite(tree)))
 
 
 def _crc(content) -> int:

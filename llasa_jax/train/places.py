@@ -1,8 +1,6 @@
 """The places in a run's streams of data as checkpoints keep them: all of them."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import grain
 
@@ -24,9 +22,3 @@ def gathered_places(data: grain.DatasetIterator, here: Sequence[int], streams: i
                     " it; a file that only some of them can read would be the cause"
                 )
     return [places[str(stream)] for stream in range(streams)]
-
-
-def old_places(folder: Path, streams: int) -> list[dict]:
-    """Of a run of an older version, in which each host had a stream and wrote its place."""
-    files = [folder / f"process_{stream}-of-{streams}.json" for stream in range(streams)]
-    return [json.loads(file.read_text()) for file in files]

@@ -169,7 +169,7 @@ def _check_model(run: Path, path: str, codec: dict, fingerprint: Callable[[], st
     same = config == model.config
     if same and all(file.is_file() for file in files):
         same = files[0].read_bytes() == files[1].read_bytes()
-    if same and BEGUN_WITH in origin:  # older runs have none
+    if same and BEGUN_WITH in origin:
         same = origin[BEGUN_WITH] == fingerprint()
     if not same:
         raise UserError(
