@@ -98,10 +98,15 @@ def by_grpo(out: Path, release: Path, texts: Path, scorer: str, seed: int, optio
     rewards = [{"score": "wer", "shape": "tanh", "scale": 2.0}]
     return align(
         *(out, f"grpo_{seed}", release, f"--data.path={texts}", "--align.loss=grpo"),
-        *("--data.max_length=1024", "--train.rows=16", f"--train.steps={options.rounds}"),
+        *("--data.max_length=1024", "--train.rows=8", f"--train.steps={options.rounds}"),
         *(f"--align.grpo.scorers={json.dumps([scorer])}", "--align.grpo.language=en"),
-        *(f"--align.grpo.rewards={json.dumps(rewards)}", "--align.grpo.texts=8"),
-        *("--align.grpo.samples=8", "--align.grpo.rows=64", "--align.grpo.epsilon_high=0.28"),
+        *(f"--align.grpo.rewards={json.dumps(rewards)}", "--align.grpo.texts=4"),
+        *(
+            "--align.grpo.samples=8",
+            "--align.grpo.rows=32",
+            "--align.grpo.max_seconds=4.4",
+            "--align.grpo.epsilon_high=0.28",
+        ),
         *("--align.grpo.temperature=0.9", "--align.grpo.top_p=0.95", "--train.save_every=10"),
         *(f"--log.codec={CODEC}", "--log.codec_device=jax", f"--train.seed={seed}"),
         f"--optimizer.learning_rate={options.grpo_rate}",
@@ -132,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--texts", type=int, default=300, help="that it speaks to learn from")
     parser.add_argument("--samples", type=int, default=8, help="of each, for the pairs")
-    parser.add_argument("--rounds", type=int, default=60, help="of GRPO, of 8 texts")
+    parser.add_argument("--rounds", type=int, default=60, help="of GRPO, of 4 texts")
     parser.add_argument("--asked", type=int, default=100, help="unseen texts, to be measured")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)

@@ -32,11 +32,17 @@ PLANNED = {
     "llasa_3b_lora": ["rtx4090:1", "h100:1", "v5e:2x2", "v6e:1x1"],
     "llasa_8b_lora": ["h100:1", "v5e:2x2", "v6e:1x1"],
     "llasa_8b_qlora": ["rtx4090:1", "h100:1", "v5e:1x1", "v5e:2x2"],
-    "llasa_1b_grpo_lora": ["8x80gb"],
-    "llasa_1b_grpo_full": ["8x80gb"],
-    "llasa_3b_grpo_lora": ["8x80gb"],
-    "llasa_3b_grpo_full": ["8x80gb"],
+    "llasa_1b_grpo_lora": ["8x80gb", "v5e:4x4", "v6e:2x4"],
+    "llasa_1b_grpo_full": ["8x80gb", "v5e:4x4", "v6e:2x4"],
+    "llasa_3b_grpo_lora": ["8x80gb", "v5e:4x4", "v6e:2x4"],
+    "llasa_3b_grpo_full": ["8x80gb", "v5e:4x4", "v6e:2x4"],
 }
+# Recipes on pods: more devices than the recipe has rows, so these take larger batches.
+PODS = [
+    ("llasa_1b_full", "v5e:16x16", "train.rows=256 mesh.data=16 mesh.fsdp=16"),
+    ("llasa_8b_full", "v5e:16x16", "train.rows=256 mesh.data=16 mesh.fsdp=16"),
+    ("llasa_8b_full", "v5p:2x2x4", "train.rows=64 mesh.slices=2 mesh.data=2 mesh.fsdp=16"),
+]
 COLUMNS = ["machine", "overlay", "devices", "rows per device", "peak GiB", "of GiB", ""]
 COLUMNS += ["step (s)", "minutes"]
 HEAD = f"""# The recipes on machines
@@ -56,21 +62,31 @@ that of a step or of the rollouts, whichever is more. This page is printed by `d
 """
 
 
+POD_HEAD = """## Pods
+
+With the settings of the second column besides the recipe's. Where `mesh.slices` is 2, the machine
+is that of each slice, and the copies of the model lie on one slice each: only the gradients cross.
+
+| recipe | settings | machine | devices | rows per device | peak GiB | of GiB |  | step (s) |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
 def topology(machine: str) -> str:
     """The topology that `plan` takes, of an overlay or a machine without one."""
     return GPUS.get(machine, machine.replace("_", ":"))
 
 
-def arguments(recipe: str, machine: str) -> list[str]:
-    """The config files of a recipe on a machine."""
+def arguments(recipe: str, machine: str, changes: str = "") -> list[str]:
+    """The config files of a recipe on a machine, and settings beside them."""
     overlay = CONFIGS / "machines" / f"{machine}.yaml"
     configs = [CONFIGS / f"{recipe}.yaml", *([overlay] if overlay.is_file() else [])]
-    return [f"--config={config}" for config in configs]
+    return [f"--config={config}" for config in configs] + [f"--{it}" for it in changes.split()]
 
 
-def planned(recipe: str, machine: str) -> Plan:
+def planned(recipe: str, machine: str, changes: str = "") -> Plan:
     """The plan of a recipe on a machine, with the steps of `HOURS` of speech."""
-    settings = parse_settings(arguments(recipe, machine))
+    settings = parse_settings(arguments(recipe, machine, changes))
     found = plan(settings, MODELS[recipe.split("_")[1]], topology(machine))
     if settings.align.loss == "grpo":
         return found
@@ -85,6 +101,16 @@ def section(recipe: str, plans: dict[str, Plan]) -> str:
         *(row(machine, found) for machine, found in plans.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def pod_row(recipe: str, changes: str, found: Plan) -> str:
+    settings = " ".join(f"`{change}`" for change in changes.split())
+    how = "compiled" if found.fits else "does not fit"
+    return (
+        f"| {recipe} | {settings} | {found.topology} | {found.device_count}"
+        f" | {found.rows_per_device:g} | {found.peak_hbm_gib:.2f} | {found.hbm_gib:g} | {how}"
+        f" | {found.step_seconds_roofline:.2f} |"
+    )
 
 
 def row(machine: str, found: Plan) -> str:
@@ -105,19 +131,22 @@ def main() -> None:
     keep = parser.parse_args().keep
     jax.config.update("jax_platforms", "cpu")
     kept = json.loads(keep.read_text()) if keep and keep.is_file() else {}
-    sections = []
-    for recipe, machines in PLANNED.items():
-        plans = {}
-        for machine in machines:
-            name = f"{recipe} {machine}"
-            if name not in kept:
-                kept[name] = dataclasses.asdict(planned(recipe, machine))
-                if keep:
-                    keep.parent.mkdir(parents=True, exist_ok=True)
-                    keep.write_text(json.dumps(kept, indent=1))
-            plans[machine] = Plan(**kept[name])
-        sections.append(section(recipe, plans))
-    print("\n".join([HEAD, *sections]), end="")
+
+    def made(*what: str) -> Plan:
+        name = " ".join(what)
+        if name not in kept:
+            kept[name] = dataclasses.asdict(planned(*what))
+            if keep:
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                keep.write_text(json.dumps(kept, indent=1))
+        return Plan(**kept[name])
+
+    sections = [
+        section(recipe, {machine: made(recipe, machine) for machine in machines})
+        for recipe, machines in PLANNED.items()
+    ]
+    pods = [pod_row(recipe, changes, made(recipe, on, changes)) for recipe, on, changes in PODS]
+    print("\n".join([HEAD, *sections, POD_HEAD + "\n".join(pods)]))
 
 
 if __name__ == "__main__":

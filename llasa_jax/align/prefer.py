@@ -170,19 +170,23 @@ def _sample(
 
 
 def draw(
-    voice: Speaker, lines: dict[int, Line], samples: int, sampling: SamplingSettings
+    voice: Speaker,
+    lines: dict[int, Line],
+    samples: int,
+    sampling: SamplingSettings,
+    speech: SpeechSettings = SPEECH,
 ) -> Iterator[tuple[int, list[Said]]]:
     """(key, its samples) of `lines` by key, as they end. A sample depends on its line's id and its
     own number alone, not on what is drawn beside it.
     """
     seeds = [zlib.crc32(f"{sampling.seed} {n}".encode()) & 0x7FFFFFFF for n in range(samples)]
     jobs = (
-        ((key, number), voice.job(key, line, SPEECH, seed))
+        ((key, number), voice.job(key, line, speech, seed))
         for key, line in lines.items()
         for number, seed in enumerate(seeds)
     )
     found: dict[int, dict[int, Said]] = {}
-    for (key, number), said in run_continuous(voice.rows_for(sampling, SPEECH, voice.rows), jobs):
+    for (key, number), said in run_continuous(voice.rows_for(sampling, speech, voice.rows), jobs):
         found.setdefault(key, {})[number] = said
         if len(found[key]) == samples:
             of_line = found.pop(key)

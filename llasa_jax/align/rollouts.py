@@ -39,6 +39,7 @@ from llasa_jax.evaluate.texts import Item, language_of
 from llasa_jax.generate.decode import plausible_limit, reading_seconds
 from llasa_jax.generate.line import Line
 from llasa_jax.generate.sampling import SamplingSettings
+from llasa_jax.generate.settings import SpeechSettings
 from llasa_jax.generate.speaker import Said, Speaker
 from llasa_jax.runtime.writing import write_whole
 from llasa_jax.speech.audio import SAMPLE_RATE, audio_samples, write_audio
@@ -176,7 +177,8 @@ class Rollouts(grain.DatasetIterator):
         lines = {at: self._lines[at] for at in chosen}
         # Codes become sound and are scored while the next texts are spoken.
         with ThreadPoolExecutor(1) as pool:
-            for at, speeches in draw(self._speaker, lines, settings.samples, sampling):
+            how = self._speaker, lines, settings.samples, sampling, speech_of(settings)
+            for at, speeches in draw(*how):
                 said[at], scored[at] = speeches, pool.submit(self._score, at, speeches)
             rated = [scored[at].result() for at in chosen]
         self._speaker.use(self._trained.params())  # without the cache of those that have spoken
@@ -338,6 +340,11 @@ def sampling_of(settings: GrpoSettings) -> SamplingSettings:
     )
 
 
+def speech_of(settings: GrpoSettings) -> SpeechSettings:
+    """How long speeches may be."""
+    return dataclasses.replace(SPEECH, max_seconds=settings.max_seconds)
+
+
 def check_fit(
     settings: GrpoSettings, lines: Sequence[Line], prompter: Prompter, shape: BatchShape, hop: int
 ) -> None:
@@ -350,7 +357,7 @@ def check_fit(
         voice = 0
         if isinstance(line.prompt_audio, Path):
             voice = audio_samples(line.prompt_audio) // hop + 1
-        most = plausible_limit(line.text)
+        most = math.ceil(settings.max_seconds * CODES_PER_SECOND) or plausible_limit(line.text)
         return len(prompter.opening(text, **line.named)) + voice + most + OVERHEAD
 
     lengths = [length(line) for line in lines]
@@ -362,8 +369,8 @@ def check_fit(
         raise UserError(
             f"a round is {speeches} speeches (align.grpo.texts x samples) of up to {longest:,}"
             f" tokens, as the text {worst.id} may take, and a step has room for {room:,}; raise"
-            " train.rows, train.accumulation or data.max_length, lower align.grpo.texts, or leave"
-            " out the longest texts"
+            " train.rows, train.accumulation or data.max_length, lower align.grpo.texts or"
+            " align.grpo.max_seconds, or leave out the longest texts"
         )
 
 

@@ -89,6 +89,9 @@ class GrpoSettings:
     """Draw among the so many most probable codes alone; 0, among all."""
     top_p: float = setting(0.9, above=0, high=1)
     """Draw among the most probable codes that together have this probability."""
+    max_seconds: float = setting(0.0, low=0, high=3600)
+    """Longest speech; one that goes on is cut there and counts as not ended. A step has room for
+    all of a round's at this length. 0 is three times what reading the text takes, and 3 seconds."""
     rows: int = setting(8, low=1, high=1024, resume=True)
     """Speeches drawn at once; more are faster where memory allows."""
     scorers: list[str] = setting(lambda: ["whisper", "wavlm"])

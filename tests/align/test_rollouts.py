@@ -19,6 +19,7 @@ import pytest
 from tiny_run import lines_of, make_model, settings_for
 
 from llasa_jax.align import rollouts
+from llasa_jax.align.journal import unpacked
 from llasa_jax.align.rewards import reward_of
 from llasa_jax.align.rollouts import Place, Rollouts, check_fit
 from llasa_jax.align.settings import AlignSettings, GrpoSettings, GuardSettings, RewardSettings
@@ -27,7 +28,6 @@ from llasa_jax.demo.tiny import make_tiny_codec
 from llasa_jax.errors import UserError
 from llasa_jax.evaluate.scorers import Scores
 from llasa_jax.evaluate.texts import read_items
-from llasa_jax.generate import speaker
 from llasa_jax.generate.line import Line
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.train.loop import train
@@ -78,6 +78,7 @@ def grpo_settings(folder, out):
         guards=GUARDS,
         unstopped=0.0,
         audio_every=2,
+        max_seconds=0.16,
     )
     lora = LoraSettings(rank=4, dropout=0.0)
     return dataclasses.replace(settings, lora=lora, align=AlignSettings("grpo", grpo=align))
@@ -88,7 +89,6 @@ def main(folder, out, word=""):
         if word and what == "open" and word in str(details[0]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    speaker.plausible_limit = rollouts.plausible_limit = lambda text: 8
     rollouts.Scoring = LowVoices
     sys.addaudithook(watch)
     settings = grpo_settings(Path(folder), out)
@@ -126,6 +126,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path):
         low = np.array([row["scores"]["low"] for row in rows])
         np.testing.assert_allclose(rewards.ravel(), np.exp(-low))
         assert [row["scores"]["other_low"] for row in rows] == low.tolist()
+        assert all(1 <= len(unpacked(row["codes"])) <= 8 for row in rows)
     assert len(list((whole / "rollouts/000002").glob("*.wav"))) == 8
     assert not (whole / "rollouts/000001").exists()
 
@@ -209,6 +210,7 @@ def test_what_is_wrong_is_said_in_a_sentence(prompter, tmp_path):
     lines = [Line("hello", id="a"), Line("hello " * 50, id="b")]
     with pytest.raises(UserError, match="as the text b may take, and a step has room for 4"):
         check_fit(GrpoSettings(), lines, prompter, BatchShape(1, 4, 4096), 320)
+    check_fit(GrpoSettings(max_seconds=8.0), lines, prompter, BatchShape(1, 4, 4096), 320)
     (tmp_path / "codec").mkdir()
     settings = grpo_settings(tmp_path, tmp_path / "run")
     for group, change, said in (

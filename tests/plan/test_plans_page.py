@@ -26,6 +26,15 @@ def test_every_recipe_and_overlay_is_planned(program):
         assert "does not fit" not in section
 
 
+def test_pods_are_planned(program):
+    lines = [line for line in PAGE.split("## Pods\n")[1].splitlines() if line.startswith("| llasa")]
+    for line, (recipe, machine, changes) in zip(lines, program.PODS, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[0] == recipe
+        assert cells[1].replace("`", "") == changes
+        assert (cells[2], cells[7]) == (machine, "compiled")
+
+
 @pytest.mark.parametrize(
     ("recipe", "machine"),
     [
