@@ -25,18 +25,23 @@ def advantages(rewards_GK: np.ndarray, scale: bool = True) -> np.ndarray:
     return found / (rewards_GK.std(axis=1, ddof=1, keepdims=True) + 1e-4) if scale else found
 
 
+def needs_old(settings: GrpoSettings) -> bool:
+    """Whether speeches are trained on that other weights have drawn."""
+    return settings.updates > 1 or settings.ahead
+
+
 class GrpoLoss:
     """GRPO as a loss of `TrainStep`.
 
     Beside what every batch has, it takes numbers for each target, float32: `advantage`, that of its
-    speech; `old`, its log-probability, nats, when the speech was drawn, if speeches are trained on
-    more than once; and `reference`, that in the reference model, if `kl` is not 0.
+    speech; `old`, its log-probability, nats, when the speech was drawn, if that was not by the same
+    weights (see `needs_old`); and `reference`, that in the reference model, if `kl` is not 0.
     """
 
     def __init__(self, settings: GrpoSettings):
         self.settings = settings
         names = ["advantage"]
-        names += ["old"] if settings.updates > 1 else []
+        names += ["old"] if needs_old(settings) else []
         names += ["reference"] if settings.kl else []
         self.arrays: dict[str, Any] = dict.fromkeys(names, jnp.float32)
 
@@ -55,7 +60,7 @@ class GrpoLoss:
         """
         settings, mask_BT, (speeches, targets) = self.settings, rows["loss_mask"], totals
         log_probs_BT = chunked_log_probs(features, tables, rows["targets"], mask_BT, **sizes)
-        # Trained on once, the speeches are the model's own: the ratio is 1, and has a gradient.
+        # Otherwise the speeches are the model's own: the ratio is 1, and has a gradient.
         old_BT = rows["old"] if "old" in self.arrays else jax.lax.stop_gradient(log_probs_BT)
         ratio_BT, advantage_BT = jnp.exp(log_probs_BT - old_BT), rows["advantage"]
         low, high = 1 - settings.epsilon_low, 1 + settings.epsilon_high

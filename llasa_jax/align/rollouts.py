@@ -6,14 +6,13 @@ drawn in a round follows from the seed, the round's number and the weights, so a
 draws again what it drew before.
 """
 
-import base64
 import dataclasses
 import json
 import math
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from llasa_jax.align.grpo import advantages
+from llasa_jax.align.grpo import advantages, needs_old
 from llasa_jax.align.journal import packed
 from llasa_jax.align.prefer import SPEECH, draw
 from llasa_jax.align.rewards import reward_of
+from llasa_jax.align.round import Round, read, written
 from llasa_jax.align.settings import GrpoSettings
 from llasa_jax.codec import Codec
 from llasa_jax.data.batching import BatchShape, Planned, fill
@@ -120,7 +120,12 @@ class Rollouts(grain.DatasetIterator):
                 name: stack.enter_context(Scoring([name], *how))
                 for name in sorted({one.scorer for one in settings.guards})
             }
+            # Codes become sound and are scored while the next texts are spoken.
+            self._pool = ThreadPoolExecutor(1)
+            stack.callback(self._pool.shutdown, cancel_futures=True)
             self._scorers = stack.pop_all()
+        self.last = math.inf  # how many rounds there will be
+        self._next: Round | None = None  # where it is spoken ahead
         self._place = Place()
         self._batch: dict[str, np.ndarray] = {}
         self.numbers: dict[str, float] = {}  # of the round, where the last batch is its first
@@ -138,51 +143,67 @@ class Rollouts(grain.DatasetIterator):
         rows = self._settings.rows
         params = trained.params()
         self._speaker = Speaker(trained.graphdef, params, self._prompter, self.codec, rows=rows)
+        if self._next:  # of a checkpoint
+            for at, speeches in self._next.said.items():
+                self._next.scored[at] = self._pool.submit(self._score, at, speeches)
 
     def get_state(self) -> dict:
         place = dataclasses.asdict(self._place)
         if self._place.left:  # the weights that spoke are gone by now
-            place["batch"] = {name: _written(array) for name, array in self._batch.items()}
+            place["batch"] = {name: written(array) for name, array in self._batch.items()}
+        if self._next:
+            place["next"] = self._next.written()
         return {"parents": [place]}
 
     def set_state(self, state: dict) -> None:
         (place,) = state["parents"]
-        kept = place.get("batch", {})
-        self._batch = {name: _read(*written) for name, written in kept.items()}
-        self._place = Place(**{name: place[name] for name in place if name != "batch"})
+        place = dict(place)
+        self._batch = {name: read(found) for name, found in place.pop("batch", {}).items()}
+        spoken = place.pop("next", None)
+        self._next = spoken and Round.read(spoken)
+        self._place = Place(**place)
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.numbers = {}
-        if not self._place.left:
+        place = self._place
+        if not place.left:
             # Sampling moves small arrays between host and devices, which the loop's guard forbids.
             with jax.transfer_guard("allow"):
-                self._batch = self._draw(self._place.round)
-            self._place.round += 1
-            self._place.left = self._settings.updates
-        self._place.left -= 1
+                spoken, self._next = self._next or self._speak(place.round), None
+                if self._settings.ahead and place.round + 1 < self.last:
+                    self._next = self._speak(place.round + 1)
+                self._batch = self._rated(spoken)
+            place.round += 1
+            place.left = self._settings.updates
+        place.left -= 1
         return self._batch
 
     def close(self) -> None:
         self._scorers.close()
 
-    def _draw(self, number: int) -> dict[str, np.ndarray]:
-        """Speaks the texts of a round, rates the speeches and logs them."""
+    def _speak(self, number: int) -> Round:
+        """Speaks the texts of a round, and begins to score them."""
         settings = self._settings
-        chosen = self._chosen(number)
         self._speaker.use(self._trained.params())
         seed = zlib.crc32(f"{self._seed} {number}".encode()) & 0x7FFFFFFF
         sampling = dataclasses.replace(sampling_of(settings), seed=seed)
-        said: dict[int, list[Said]] = {}
-        scored: dict[int, Future[tuple[list[np.ndarray], Scores]]] = {}
-        lines = {at: self._lines[at] for at in chosen}
-        # Codes become sound and are scored while the next texts are spoken.
-        with ThreadPoolExecutor(1) as pool:
-            how = self._speaker, lines, settings.samples, sampling, speech_of(settings)
-            for at, speeches in draw(*how):
-                said[at], scored[at] = speeches, pool.submit(self._score, at, speeches)
-            rated = [scored[at].result() for at in chosen]
+        chosen = self._chosen(number)
+        spoken = Round(number, dict.fromkeys(chosen, []))
+        how = {at: self._lines[at] for at in chosen}, settings.samples, sampling
+        for at, speeches in draw(self._speaker, *how, speech_of(settings)):
+            spoken.said[at] = speeches
+            spoken.scored[at] = self._pool.submit(self._score, at, speeches)
         self._speaker.use(self._trained.params())  # without the cache of those that have spoken
-        speeches = [one for at in chosen for one in said[at]]
+        if needs_old(settings):
+            zeros = np.zeros(len(chosen) * settings.samples)
+            spoken.old = self._trained.log_probs(self._filled(spoken.said, zeros))
+        return spoken
+
+    def _rated(self, spoken: Round) -> dict[str, np.ndarray]:
+        """Waits for the scores of a round, logs them, and makes the batch."""
+        settings, chosen = self._settings, list(spoken.said)
+        rated = [spoken.scored[at].result() for at in chosen]
+        speeches = [one for of_text in spoken.said.values() for one in of_text]
         waves = [wave for of_text, _ in rated for wave in of_text]
         scores = Scores(
             {
@@ -227,14 +248,14 @@ class Rollouts(grain.DatasetIterator):
             }
             for place, (at, one) in enumerate(zip(texts, speeches, strict=True))
         ]
-        self._log(number, rows, waves)
+        self._log(spoken.number, rows, waves)
         self._guard(flat)
-        planned = [
-            self._planned(at, one, advantage)
-            for at, one, advantage in zip(texts, speeches, found, strict=True)
-            if len(one.pieces[0])
-        ]
-        return self._filled(planned)
+        batch = self._filled(spoken.said, found)
+        if spoken.old is not None:
+            batch["old"] = spoken.old
+        if settings.kl:
+            batch["reference"] = self._trained.reference(batch)
+        return batch
 
     def _chosen(self, number: int) -> list[int]:
         epoch, place = divmod(number, self.rounds_per_epoch)
@@ -274,18 +295,19 @@ class Rollouts(grain.DatasetIterator):
         values = np.where(example.loss, advantage, 0.0).astype(np.float32)
         return Planned(0, spoken, dataclasses.replace(example, values={"advantage": values}))
 
-    def _filled(self, planned: Sequence[Planned]) -> dict[str, np.ndarray]:
-        shape, trained = self._shape, self._trained
+    def _filled(self, said: dict[int, list[Said]], of_each: np.ndarray) -> dict[str, np.ndarray]:
+        """The speeches in rows, with the advantage `of_each`."""
+        shape = self._shape
+        texts = [(at, one) for at, speeches in said.items() for one in speeches]
+        planned = [
+            self._planned(at, one, advantage)
+            for (at, one), advantage in zip(texts, of_each, strict=True)
+            if len(one.pieces[0])
+        ]
         lengths = [len(one.example.tokens) for one in planned if one.example]
         rows = [[planned[i] for i in row] for row in pack_rows(lengths, shape.length)]
         rows += [[] for _ in range(shape.accumulation * shape.rows - len(rows))]
-        batch = fill(rows, shape, ("advantage",))
-        more = {}
-        if self._settings.updates > 1:
-            more["old"] = trained.log_probs(batch)
-        if self._settings.kl:
-            more["reference"] = trained.reference(batch)
-        return batch | more
+        return fill(rows, shape, ("advantage",))
 
     def _log(self, number: int, rows: list[dict], waves: Sequence[np.ndarray]) -> None:
         """Writes a round, and its sound where it is asked for."""
@@ -372,11 +394,3 @@ def check_fit(
             " train.rows, train.accumulation or data.max_length, lower align.grpo.texts or"
             " align.grpo.max_seconds, or leave out the longest texts"
         )
-
-
-def _written(array: np.ndarray) -> list:
-    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
-
-
-def _read(dtype: str, shape: list[int], text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy()

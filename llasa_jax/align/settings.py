@@ -134,10 +134,11 @@ class GrpoSettings:
 
     epsilon_low: float = setting(0.2, above=0, below=1)
     """A speech is made less probable only until the ratio of its tokens' probabilities to those
-    when it was drawn has fallen by this. Without effect where updates is 1."""
+    when it was drawn has fallen by this. Without effect where updates is 1 and
+    ahead is off."""
     epsilon_high: float = setting(0.2, above=0, high=100)
     """And more probable until it has risen by this; DAPO takes 0.28. Without effect where updates
-    is 1."""
+    is 1 and ahead is off."""
     kl: float = setting(0.0, low=0, high=1000)
     """Weight of the divergence from the model that training begins with, in nats a token; 0, as
     DAPO and Dr. GRPO have it, needs no reference. In full finetuning above 0 a second copy of the
@@ -151,6 +152,10 @@ class GrpoSettings:
     not."""
     updates: int = setting(1, low=1, high=64)
     """Steps on the same speeches, before new ones are drawn."""
+    ahead: bool = False
+    """Speak a round before the first step on the round before it, so that scorers work while the
+    devices train. The weights that speak are then older by a round's steps, for which the ratio of
+    the probabilities makes up."""
 
     def check(self, name: str) -> None:
         if not self.scorers:

@@ -139,6 +139,7 @@ def prepare(
         steps = settings.train.steps or ceil(
             settings.train.epochs * rounds * settings.align.grpo.updates
         )
+        rollouts.last = ceil(steps / settings.align.grpo.updates)
         say(f"an epoch: {rounds} rounds of {settings.align.grpo.texts} texts")
     else:
         fit = measure(sources, shape.length, **settings.packing)

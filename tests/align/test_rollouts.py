@@ -22,6 +22,7 @@ from llasa_jax.align import rollouts
 from llasa_jax.align.journal import unpacked
 from llasa_jax.align.rewards import reward_of
 from llasa_jax.align.rollouts import Place, Rollouts, check_fit
+from llasa_jax.align.round import Round
 from llasa_jax.align.settings import AlignSettings, GrpoSettings, GuardSettings, RewardSettings
 from llasa_jax.data.batching import BatchShape
 from llasa_jax.demo.tiny import make_tiny_codec
@@ -29,6 +30,7 @@ from llasa_jax.errors import UserError
 from llasa_jax.evaluate.scorers import Scores
 from llasa_jax.evaluate.texts import read_items
 from llasa_jax.generate.line import Line
+from llasa_jax.generate.speaker import Said
 from llasa_jax.model.settings import LoraSettings
 from llasa_jax.train.loop import train
 
@@ -53,18 +55,20 @@ class LowVoices:
 
     def submit(self, waves, texts, references):
         future = Future()
-        numbers = {"low": np.array([np.abs(wave).mean() for wave in waves])}
+        numbers = {"low": np.array([np.abs(wave).mean(dtype=np.float64) for wave in waves])}
         future.set_result(Scores(numbers, list(texts)))
         return future
 
 
-def grpo_settings(folder, out):
-    """Two updates of each round, and checkpoints in the middle of one."""
+def grpo_settings(folder, out, how=""):
+    """Two updates of each round, and checkpoints in the middle of one; `how` may be ahead, or still
+    for weights that do not change.
+    """
     settings = settings_for(
         folder / "model",
         out,
         train={"steps": 6, "rows": 8, "save_every": 3},
-        optimizer={"learning_rate": 1e-2, "warmup_ratio": 0.0},
+        optimizer={"learning_rate": 1e-30 if how == "still" else 1e-2, "warmup_ratio": 0.0},
         mesh={"data": 1, "fsdp": -1, "tensor": 1},
         data={"max_length": 96, "path": str(folder / "texts.txt")},
         log={"codec": str(folder / "codec"), "tensorboard": False},
@@ -79,32 +83,34 @@ def grpo_settings(folder, out):
         unstopped=0.0,
         audio_every=2,
         max_seconds=0.16,
+        ahead=how == "ahead",
     )
     lora = LoraSettings(rank=4, dropout=0.0)
     return dataclasses.replace(settings, lora=lora, align=AlignSettings("grpo", grpo=align))
 
 
-def main(folder, out, word=""):
+def main(folder, out, word="", how=""):
     def watch(what, details):
         if word and what == "open" and word in str(details[0]):
             os.kill(os.getpid(), signal.SIGKILL)
 
     rollouts.Scoring = LowVoices
     sys.addaudithook(watch)
-    settings = grpo_settings(Path(folder), out)
+    settings = grpo_settings(Path(folder), out, how)
     train(settings, [read_items(settings.data.path)])
 
 
 @pytest.mark.soak
-def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path):
+@pytest.mark.parametrize("how", ["", "ahead"])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, how):
     make_model(tmp_path / "model")
     make_tiny_codec(tmp_path / "codec")
     (tmp_path / "texts.txt").write_text("the dog\na fox\nthe kettle is on\na door\n")
     paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests/fixtures")))
     environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": ""}
 
-    def run(out, word=""):
-        command = [sys.executable, __file__, str(tmp_path), str(tmp_path / out), word]
+    def run(out, word="", how=how):
+        command = [sys.executable, __file__, str(tmp_path), str(tmp_path / out), word, how]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == (-signal.SIGKILL if word else 0), done.stderr[-2000:]
         return tmp_path / out
@@ -147,6 +153,47 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path):
     assert losses[0]["kl"] < losses[-1]["kl"]
     # The second update of a round finds better than chance what the first has learned of it.
     assert losses[1]["loss"] < losses[0]["loss"]
+    if how:  # the first weights have spoken the second round too
+        first, second = (logs[number].read_bytes() for number in (0, 1))
+        still = run("still", how="still") / "rollouts"
+        assert (still / "000000.jsonl").read_bytes() == first
+        assert (still / "000001.jsonl").read_bytes() == second
+
+
+@pytest.mark.parametrize(
+    ("ahead", "order"),
+    [
+        (False, "speak 0 rate 0 step step speak 1 rate 1 step step speak 2 rate 2 step step"),
+        (True, "speak 0 speak 1 rate 0 step step speak 2 rate 1 step step rate 2 step step"),
+    ],
+)
+def test_when_rounds_are_spoken(ahead, order):
+    done = []
+    made = object.__new__(Rollouts)
+    made._settings = GrpoSettings(updates=2, ahead=ahead)
+    made._place, made._next, made.last = Place(), None, 3
+    made._speak = lambda number: done.append(f"speak {number}") or number_of(number)
+    made._rated = lambda spoken: done.append(f"rate {spoken.number}") or {"x": np.zeros(1)}
+    for _ in range(6):
+        next(made)
+        state = json.loads(json.dumps(made.get_state()))
+        made.set_state(state)  # as a checkpoint after each step has it
+        done.append("step")
+    assert " ".join(done) == order
+
+
+def number_of(number):
+    """A round with this number, with a speech of three codes."""
+    said = Said(np.zeros(0, np.uint16), [np.arange(3, dtype=np.uint16)], True, 4, -0.5)
+    return Round(number, {7: [said]}, np.full((1, 2), 0.1, np.float32))
+
+
+def test_a_round_in_a_checkpoint():
+    found = Round.read(json.loads(json.dumps(number_of(2).written())))
+    ((at, (said,)),) = found.said.items()
+    assert (found.number, at, said.stopped, said.tokens, said.logprob) == (2, 7, True, 4, -0.5)
+    assert (said.prompt.size, said.pieces[0].tolist()) == (0, [0, 1, 2])
+    np.testing.assert_array_equal(found.old, np.full((1, 2), 0.1, np.float32))
 
 
 def test_rewards():
@@ -210,7 +257,7 @@ def test_what_is_wrong_is_said_in_a_sentence(prompter, tmp_path):
     lines = [Line("hello", id="a"), Line("hello " * 50, id="b")]
     with pytest.raises(UserError, match="as the text b may take, and a step has room for 4"):
         check_fit(GrpoSettings(), lines, prompter, BatchShape(1, 4, 4096), 320)
-    check_fit(GrpoSettings(max_seconds=8.0), lines, prompter, BatchShape(1, 4, 4096), 320)
+    check_fit(GrpoSettings(max_seconds=2.0), lines, prompter, BatchShape(1, 4, 4096), 320)
     (tmp_path / "codec").mkdir()
     settings = grpo_settings(tmp_path, tmp_path / "run")
     for group, change, said in (
