@@ -26,7 +26,7 @@ from llasa_jax.align.grpo import advantages, needs_old
 from llasa_jax.align.journal import packed
 from llasa_jax.align.prefer import SPEECH, draw
 from llasa_jax.align.rewards import reward_of
-from llasa_jax.align.round import Round, read, written
+from llasa_jax.align.round import Round, read, together, written
 from llasa_jax.align.settings import GrpoSettings
 from llasa_jax.codec import Codec
 from llasa_jax.data.batching import BatchShape, Planned, fill
@@ -77,9 +77,11 @@ class Place:
 class Rollouts(grain.DatasetIterator):
     """Batches of speeches, as `fill` makes them, with the arrays of `GrpoLoss`.
 
-    Call `begin` before the first one. It must be closed: that ends the scorers' process. UserError,
-    before any training, where a text cannot be spoken, a speech may not fit, or a scorer cannot be
-    loaded; while training, where the guards of the settings say that it has gone astray.
+    A batch has all rows. Several hosts speak together, each scores a part of the texts, and all
+    make the same batch. Call `begin` before the first one. It must be closed: that ends the
+    scorers' process. UserError, before any training, where a text cannot be spoken, a speech may
+    not fit, or a scorer cannot be loaded; while training, where the guards of the settings say that
+    it has gone astray.
     """
 
     def __init__(
@@ -93,8 +95,6 @@ class Rollouts(grain.DatasetIterator):
         seed: int,
     ):
         super().__init__()
-        if jax.process_count() > 1:
-            raise UserError("align.loss grpo works on one host only; use its devices, or dpo")
         if len(items) < settings.texts:
             raise UserError(
                 f"there are {len(items)} texts, and align.grpo.texts speaks {settings.texts} in a"
@@ -144,8 +144,8 @@ class Rollouts(grain.DatasetIterator):
         params = trained.params()
         self._speaker = Speaker(trained.graphdef, params, self._prompter, self.codec, rows=rows)
         if self._next:  # of a checkpoint
-            for at, speeches in self._next.said.items():
-                self._next.scored[at] = self._pool.submit(self._score, at, speeches)
+            for at in self._next.said:
+                self._submit(self._next, at)
 
     def get_state(self) -> dict:
         place = dataclasses.asdict(self._place)
@@ -192,7 +192,7 @@ class Rollouts(grain.DatasetIterator):
         how = {at: self._lines[at] for at in chosen}, settings.samples, sampling
         for at, speeches in draw(self._speaker, *how, speech_of(settings)):
             spoken.said[at] = speeches
-            spoken.scored[at] = self._pool.submit(self._score, at, speeches)
+            self._submit(spoken, at)
         self._speaker.use(self._trained.params())  # without the cache of those that have spoken
         if needs_old(settings):
             zeros = np.zeros(len(chosen) * settings.samples)
@@ -202,16 +202,8 @@ class Rollouts(grain.DatasetIterator):
     def _rated(self, spoken: Round) -> dict[str, np.ndarray]:
         """Waits for the scores of a round, logs them, and makes the batch."""
         settings, chosen = self._settings, list(spoken.said)
-        rated = [spoken.scored[at].result() for at in chosen]
+        scores = together({at: future.result() for at, future in spoken.scored.items()}, chosen)
         speeches = [one for of_text in spoken.said.values() for one in of_text]
-        waves = [wave for of_text, _ in rated for wave in of_text]
-        scores = Scores(
-            {
-                name: np.concatenate([found.numbers[name] for _, found in rated])
-                for name in rated[0][1].numbers
-            },
-            [text for _, found in rated for text in found.transcripts],
-        )
         stopped = np.array([one.stopped for one in speeches])
         codes = np.array([sum(map(len, one.pieces)) for one in speeches])
         texts = [at for at in chosen for _ in range(settings.samples)]
@@ -248,7 +240,8 @@ class Rollouts(grain.DatasetIterator):
             }
             for place, (at, one) in enumerate(zip(texts, speeches, strict=True))
         ]
-        self._log(spoken.number, rows, waves)
+        if jax.process_index() == 0:
+            self._log(spoken.number, rows, speeches)
         self._guard(flat)
         batch = self._filled(spoken.said, found)
         if spoken.old is not None:
@@ -263,7 +256,12 @@ class Rollouts(grain.DatasetIterator):
         texts = self._settings.texts
         return [int(at) for at in order[place * texts : (place + 1) * texts]]
 
-    def _score(self, at: int, speeches: Sequence[Said]) -> tuple[list[np.ndarray], Scores]:
+    def _submit(self, spoken: Round, at: int) -> None:
+        """Has a text's speeches scored, if that is this host's part."""
+        if list(spoken.said).index(at) % jax.process_count() == jax.process_index():
+            spoken.scored[at] = self._pool.submit(self._score, at, spoken.said[at])
+
+    def _score(self, at: int, speeches: Sequence[Said]) -> Scores:
         waves = [self._speaker.sound(one, SPEECH).wave for one in speeches]
         count = len(waves)
         given = waves, [self._items[at].text] * count, [self._references.of(at)] * count
@@ -278,7 +276,7 @@ class Rollouts(grain.DatasetIterator):
                     f" it measures {', '.join(found)}"
                 )
             numbers = numbers | {f"{guard.scorer}_{guard.score}": found[guard.score]}
-        return waves, Scores(numbers, transcripts)
+        return Scores(numbers, transcripts)
 
     def _planned(self, at: int, said: Said, advantage: float) -> Planned:
         """A speech with loss on what was drawn alone."""
@@ -309,7 +307,7 @@ class Rollouts(grain.DatasetIterator):
         rows += [[] for _ in range(shape.accumulation * shape.rows - len(rows))]
         return fill(rows, shape, ("advantage",))
 
-    def _log(self, number: int, rows: list[dict], waves: Sequence[np.ndarray]) -> None:
+    def _log(self, number: int, rows: list[dict], speeches: Sequence[Said]) -> None:
         """Writes a round, and its sound where it is asked for."""
         folder = self._folder / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,8 +316,8 @@ class Rollouts(grain.DatasetIterator):
         every = self._settings.audio_every
         if every and number % every == 0:
             try:
-                for place, wave in enumerate(waves):
-                    if len(wave):
+                for place, one in enumerate(speeches):
+                    if len(wave := self._speaker.sound(one, SPEECH).wave):
                         write_audio(folder / f"{number:06}" / f"{place:03}.wav", wave, SAMPLE_RATE)
             except (OSError, UserError) as error:  # a full disk: not worth a run
                 warnings.warn(f"the sound of a round is left out: {error}", stacklevel=2)

@@ -1,6 +1,7 @@
 """A round of GRPO's speeches: drawn, and not rated yet."""
 
 import base64
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -8,19 +9,20 @@ import numpy as np
 
 from llasa_jax.evaluate.scorers import Scores
 from llasa_jax.generate.speaker import Said
+from llasa_jax.runtime import hosts
 
 
 @dataclass
 class Round:
     """The speeches of the texts of round `number`, by the texts' places in their list; `scored` are
-    their waves and scores, as they come. `old` is float32 of a batch's shape, the log-probabilities
-    of the targets when they were drawn, nats, where the loss takes them.
+    the scores of those that this host rates, as they come. `old` is float32 of a batch's shape, the
+    log-probabilities of the targets when they were drawn, nats, where the loss takes them.
     """
 
     number: int
     said: dict[int, list[Said]]
     old: np.ndarray | None = None
-    scored: dict[int, Future[tuple[list[np.ndarray], Scores]]] = field(default_factory=dict)
+    scored: dict[int, Future[Scores]] = field(default_factory=dict)
 
     def written(self) -> dict:
         """For JSON, without the scores, which are measured again."""
@@ -53,6 +55,19 @@ class Round:
             for at, speeches in found["said"]
         }
         return cls(found["number"], said, found["old"] and read(found["old"]))
+
+
+def together(scores: dict[int, Scores], texts: Sequence[int]) -> Scores:
+    """All hosts' scores, those of one text after those of another. All hosts must ask."""
+    own = {
+        at: [{name: values.tolist() for name, values in found.numbers.items()}, found.transcripts]
+        for at, found in scores.items()
+    }
+    known = {int(at): found for part in hosts.everyones(own) for at, found in part.items()}
+    numbers = {
+        name: np.concatenate([known[at][0][name] for at in texts]) for name in known[texts[0]][0]
+    }
+    return Scores(numbers, [text for at in texts for text in known[at][1]])
 
 
 def written(array: np.ndarray) -> list:

@@ -88,10 +88,11 @@ class TrainStep:
         return rows_here(self.batch_sharding, (accumulation, rows, length))
 
     def place(self, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-        """A batch of `rows` on the devices, of the arrays of the rows that are here."""
+        """A batch of `rows` on the devices, of the arrays of the rows that are here, or of all."""
         accumulation, here, length = batch["tokens"].shape
         shape = accumulation, rows, length
-        first = {row: at for at, row in enumerate(self.rows_here(*shape))}
+        given = range(rows) if here == rows else self.rows_here(*shape)
+        first = {row: at for at, row in enumerate(given)}
 
         def part(array):
             def of(index: tuple[slice, ...]) -> np.ndarray:

@@ -244,7 +244,7 @@ def test_a_guard_is_measured_beside_the_reward():
         _guards={"other": LowVoices()},
     )
     waves = [np.full(4, 0.25), np.full(4, 0.5)]
-    _, scores = Rollouts._score(made, 0, waves)
+    scores = Rollouts._score(made, 0, waves)
     assert scores.of(1) == {"low": 0.5, "other_low": 0.5}
     made._settings = GrpoSettings(guards=[GuardSettings("other", "silence")])
     with pytest.raises(UserError, match="names silence, which other does not measure; it measures"):

@@ -79,3 +79,36 @@ def test_two_hosts_train_as_one(given, tmp_path):
     assert saved_steps(parts) == [1, 2, 3, 4]
     for step, found in numbers(parts).items():
         assert found == pytest.approx(wanted[step], rel=1e-4)
+
+
+def test_two_hosts_speak_and_rate_as_one(given, tmp_path):
+    """GRPO, whose speeches two hosts draw together and score by halves."""
+    (tmp_path / "texts.txt").write_text("the dog\na fox\nthe kettle is on\na door\n")
+    rewards = '[{"score": "longest_pause", "shape": "exp"}, {"score": "tail_noise"}]'
+    settings = [
+        *(one for one in given if one.startswith(("--model.path", "--log.codec"))),
+        *(f"--data.path={tmp_path / 'texts.txt'}", "--data.max_length=128", "--align.loss=grpo"),
+        *("--train.rows=8", "--train.steps=3", "--train.save_every=1", "--train.keep=9"),
+        *("--align.grpo.scorers=[levels]", f"--align.grpo.rewards={rewards}"),
+        *("--align.grpo.texts=2", "--align.grpo.samples=4", "--align.grpo.updates=2"),
+        *("--align.grpo.combine=mean", "--align.grpo.unstopped=0", "--align.grpo.max_seconds=0.4"),
+        *("--align.grpo.pace=0.5", "--align.grpo.free_pace=1"),
+        *("--align.grpo.patience=0", "--align.grpo.kl=0.1", "--optimizer.learning_rate=0.01"),
+        *mesh("fsdp"),
+    ]
+    runs = tmp_path / "two", tmp_path / "one"
+    for hosts, run in zip((2, 1), runs, strict=True):
+        train_together(tmp_path / f"logs{hosts}", hosts, 2 // hosts, *settings, f"--out={run}")
+    names = "loss", "grad_norm", "reward", "reward_deviation", "kl"
+    two, one = ([{n: line.get(n) for n in names} for line in lines_of(run)] for run in runs)
+    assert two == one
+    assert sum(line["reward"] is not None for line in two) == 2
+    for name in ("000000.jsonl", "000001.jsonl"):
+        logs = [(run / "rollouts" / name).read_bytes() for run in runs]
+        assert logs[0] == logs[1]
+    # One goes on from a checkpoint of the two.
+    shutil.rmtree(runs[0] / "checkpoints" / "3")
+    shutil.rmtree(runs[0] / "checkpoints" / "2")
+    train_together(tmp_path / "again", 1, 2, *settings, f"--out={runs[0]}")
+    again = [{n: line.get(n) for n in names} for line in lines_of(runs[0])]
+    assert again == one
