@@ -95,7 +95,8 @@ def by_dpo(out: Path, release: Path, seed: int, options) -> Path:
 
 
 def by_grpo(out: Path, release: Path, texts: Path, scorer: str, seed: int, options) -> Path:
-    rewards = [{"score": "wer", "shape": "tanh", "scale": 2.0}]
+    # Not wer, by which "one two three" is one word: 123.
+    rewards = [{"score": "cer", "shape": "tanh", "scale": 3.0}]
     return align(
         *(out, f"grpo_{seed}", release, f"--data.path={texts}", "--align.loss=grpo"),
         *("--data.max_length=1024", "--train.rows=8", f"--train.steps={options.rounds}"),
@@ -137,14 +138,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--texts", type=int, default=300, help="that it speaks to learn from")
     parser.add_argument("--samples", type=int, default=8, help="of each, for the pairs")
-    parser.add_argument("--rounds", type=int, default=60, help="of GRPO, of 4 texts")
+    parser.add_argument("--pairs", type=int, default=2, help="of each text")
+    parser.add_argument("--rounds", type=int, default=80, help="of GRPO, of 4 texts")
     parser.add_argument("--asked", type=int, default=100, help="unseen texts, to be measured")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--supervised", type=float, default=0.2)
-    parser.add_argument("--dpo-epochs", type=int, default=2)
+    parser.add_argument("--dpo-epochs", type=float, default=1)
     parser.add_argument("--dpo-rate", type=float, default=1e-4)
     parser.add_argument("--grpo-rate", type=float, default=1e-4)
     options = parser.parse_args()
@@ -163,7 +165,7 @@ def main() -> None:
     run(
         *("prefer", release, "--texts", to_learn, "--out", out / "pairs", "--codec", CODEC),
         *("--device", "jax", "--samples", options.samples, "--scorer", scorer, *SAMPLING),
-        *("--gap", "0.1", "--rows", "64", "--dtype", "float32"),
+        *("--pairs", options.pairs, "--rows", "64", "--dtype", "float32"),
     )
     for seed in range(options.seeds):
         spoken[f"dpo_{seed}"] = by_dpo(out, release, seed, options)
