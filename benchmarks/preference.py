@@ -46,7 +46,7 @@ PARTS = tuple(
     for phrase in (*PHRASES, "call <name> on <digit>", "on <digit> <digit>")
     if not set(phrase.split()) - {"call", "on", "<name>", "<digit>"}
 )
-SAMPLING = ("--temperature", "0.9", "--top-k", "75", "--top-p", "0.95")
+SAMPLING = ("--temperature", "0.6", "--top-k", "75", "--top-p", "0.95")
 
 
 def lines_of(texts: list[str], prefix: str) -> list[dict]:
@@ -96,7 +96,7 @@ def by_dpo(out: Path, release: Path, seed: int, options) -> Path:
 
 def by_grpo(out: Path, release: Path, texts: Path, scorer: str, seed: int, options) -> Path:
     # Not wer, by which "one two three" is one word: 123.
-    rewards = [{"score": "cer", "shape": "tanh", "scale": 3.0}]
+    rewards = [{"score": "cer", "shape": "tanh", "scale": 1.0}]
     return align(
         *(out, f"grpo_{seed}", release, f"--data.path={texts}", "--align.loss=grpo"),
         *("--data.max_length=1024", "--train.rows=8", f"--train.steps={options.rounds}"),
@@ -105,10 +105,10 @@ def by_grpo(out: Path, release: Path, texts: Path, scorer: str, seed: int, optio
         *(
             "--align.grpo.samples=8",
             "--align.grpo.rows=32",
-            "--align.grpo.max_seconds=4.4",
+            "--align.grpo.max_seconds=3.8",
             "--align.grpo.epsilon_high=0.28",
         ),
-        *("--align.grpo.temperature=0.9", "--align.grpo.top_p=0.95", "--train.save_every=10"),
+        *("--align.grpo.temperature=0.6", "--align.grpo.top_p=0.95", "--train.save_every=10"),
         *(f"--log.codec={CODEC}", "--log.codec_device=jax", f"--train.seed={seed}"),
         f"--optimizer.learning_rate={options.grpo_rate}",
     )
@@ -138,17 +138,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--texts", type=int, default=300, help="that it speaks to learn from")
     parser.add_argument("--samples", type=int, default=8, help="of each, for the pairs")
-    parser.add_argument("--pairs", type=int, default=2, help="of each text")
+    parser.add_argument("--pairs", type=int, default=1, help="of each text")
     parser.add_argument("--rounds", type=int, default=80, help="of GRPO, of 4 texts")
     parser.add_argument("--asked", type=int, default=100, help="unseen texts, to be measured")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--supervised", type=float, default=0.2)
+    parser.add_argument("--supervised", type=float, default=1.0)
     parser.add_argument("--dpo-epochs", type=float, default=1)
-    parser.add_argument("--dpo-rate", type=float, default=1e-4)
-    parser.add_argument("--grpo-rate", type=float, default=1e-4)
+    parser.add_argument("--dpo-rate", type=float, default=5e-5)
+    parser.add_argument("--grpo-rate", type=float, default=2e-4)
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     out, began = options.out, time.time()

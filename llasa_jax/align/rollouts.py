@@ -95,6 +95,7 @@ class Rollouts(grain.DatasetIterator):
         seed: int,
     ):
         super().__init__()
+        self._scorers = ExitStack()  # Grain closes what has failed below, too
         if len(items) < settings.texts:
             raise UserError(
                 f"there are {len(items)} texts, and align.grpo.texts speaks {settings.texts} in a"

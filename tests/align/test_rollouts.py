@@ -257,6 +257,11 @@ def test_what_is_wrong_is_said_in_a_sentence(prompter, tmp_path):
     lines = [Line("hello", id="a"), Line("hello " * 50, id="b")]
     with pytest.raises(UserError, match="as the text b may take, and a step has room for 4"):
         check_fit(GrpoSettings(), lines, prompter, BatchShape(1, 4, 4096), 320)
+    with pytest.raises(UserError, match="there are 1 texts, and align.grpo.texts speaks 4"):
+        (made := Rollouts.__new__(Rollouts)).__init__(
+            GrpoSettings(), [None], prompter, None, None, tmp_path, 0
+        )
+    made.close()  # as Grain does when it is collected
     check_fit(GrpoSettings(max_seconds=2.0), lines, prompter, BatchShape(1, 4, 4096), 320)
     (tmp_path / "codec").mkdir()
     settings = grpo_settings(tmp_path, tmp_path / "run")
