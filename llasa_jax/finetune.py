@@ -30,7 +30,8 @@ from llasa_jax.runtime.files import folder_digest
 from llasa_jax.runtime.signals import StopSignal
 from llasa_jax.runtime.storage import as_path
 from llasa_jax.train import loop, prepare
-from llasa_jax.train.run_folder import flat
+from llasa_jax.train.progress import say
+from llasa_jax.train.run_folder import asked_as_before, flat
 from llasa_jax.train.settings import Settings
 
 # Settings that change nothing that the hosts must do together: they concern one host's own work.
@@ -53,7 +54,9 @@ def finetune(settings: Settings, stop: StopSignal) -> Path:
     with hosts.together():
         check_buckets(settings)
         join_hosts(settings, stop)
-        settings, adapter = begin_with(settings)
+        given, (settings, adapter) = settings.prompt, begin_with(settings)
+        if settings.prompt != given:
+            say(f"the prompt is the model's own: {settings.prompt.user!r}, as it was trained")
         if settings.align.loss == "grpo":
             return finetune_by_speaking(settings, adapter, stop)
         # Sources: opened once, for the checks and for training.
@@ -161,7 +164,7 @@ def source_digest(path: str) -> str:
 
 def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
     """The settings with those of the adapter in `lora.init`, and that adapter; None in its place
-    where none is named.
+    where none is named. The prompt is what the model was trained with, where none is given.
 
     Rank, alpha, targets and the like are the adapter's, and need not be given. UserError where they
     are given and differ, and where the run to go on with has lost its base.
@@ -170,7 +173,7 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
     if saved_steps(run) and lora.rank:
         check_base(run, base)
     if not lora.init:
-        return settings, None
+        return asked_as_before(settings), None
     adapter = open_adapter(as_path(lora.init), base)
     config = adapter.config
     tokens = load_tokenizer(base).convert_ids_to_tokens(list(config.token_ids))
@@ -190,4 +193,5 @@ def begin_with(settings: Settings) -> tuple[Settings, Adapter | None]:
                 f"lora.{name} is {given}, but the adapter in {lora.init} has {value}; leave"
                 f" lora.{name} out to go on from it"
             )
-    return dataclasses.replace(settings, lora=dataclasses.replace(lora, **fixed)), adapter
+    settings = dataclasses.replace(settings, lora=dataclasses.replace(lora, **fixed))
+    return asked_as_before(settings, adapter.prompt), adapter

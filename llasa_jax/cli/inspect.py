@@ -20,9 +20,10 @@ def doctor(args) -> int:
     from dataclasses import asdict
 
     from llasa_jax.inspect.doctor import doctor
+    from llasa_jax.train.run_folder import asked_as_before
 
     findings = doctor(
-        settings_of(args),
+        asked_as_before(settings_of(args)),
         codec=args.codec,
         device=args.device,
         sample=args.sample,
@@ -45,8 +46,9 @@ def report(args) -> None:
 def preview(args) -> None:
     from llasa_jax.encode.mixture import open_sources
     from llasa_jax.inspect.preview import preview
+    from llasa_jax.train.run_folder import asked_as_before
 
-    settings = settings_of(args)
+    settings = asked_as_before(settings_of(args))
     records, _ = open_sources(settings.sources, settings.data.online)
     preview(settings, records, args.count, as_json=args.json)
 

@@ -186,6 +186,21 @@ def _check_model(run: Path, path: str, codec: dict, fingerprint: Callable[[], st
         )
 
 
+def asked_as_before(settings: Settings, known: dict | None = None) -> Settings:
+    """The settings with the prompt by which their model was taught to speak, where they name none
+    of their own: `known`, of an adapter, or the model's.
+    """
+    if settings.prompt != PromptSettings().filled():
+        return settings
+    if known is None:
+        try:
+            known = model_folder.open_model(settings.model.path, weights=False).origin.get("prompt")
+        except UserError:
+            return settings  # what loads the model says it
+    before = PromptSettings(**known).filled() if known else settings.prompt
+    return dataclasses.replace(settings, prompt=before) if before.task == "tts" else settings
+
+
 def changes(before: dict, settings: Settings) -> dict:
     """The settings that may not change but differ from those of a run's `settings.yaml`, with
     their values of before. A setting that the file lacks is newer than the run: it had its default.

@@ -45,6 +45,8 @@ from llasa_jax.model.sharding import abstract_params, make_mesh
 from llasa_jax.plan.plan import model_geometry
 from llasa_jax.speech.settings import PromptSettings
 from llasa_jax.train.loop import train
+from llasa_jax.train.parsing import parse_settings
+from llasa_jax.train.run_folder import asked_as_before
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +148,19 @@ def test_a_release_is_asked_as_it_was_trained(imported, tmp_path):
     for folder in (release, again):
         assert load(folder, "float32")[2].settings == own
     AutoModelForCausalLM.from_pretrained(release)
+    # It is trained on as it was trained, unless other prompts are given.
+    given = [f"--out={tmp_path / 'run'}", "--data.path=none"]
+    for folder in (release, again):
+        settings = parse_settings([*given, f"--model.path={folder}"])
+        assert asked_as_before(settings).prompt == own
+        other = parse_settings([*given, f"--model.path={folder}", "--prompt.user=Say: {text}"])
+        assert asked_as_before(other) == other
+    assert asked_as_before(settings, {"user": "Read {text}"}).prompt.user == "Read {text}"
 
     write_description(ours, config, origin)
     export_hf(ours, tmp_path / "usual")
+    settings = parse_settings([*given, f"--model.path={tmp_path / 'usual'}"])
+    assert asked_as_before(settings) == settings
     assert "llasa_prompt" not in json.loads((tmp_path / "usual" / "config.json").read_text())
 
     (release / "config.json").write_text(
