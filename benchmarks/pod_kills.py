@@ -104,7 +104,7 @@ def main() -> None:
         os.environ.update(environment("gs", address))
         put_up(scratch)
         logs, alone = processes_of(scratch, "alone", "gs://bucket/alone", options.steps, 1)
-        if not wait(alone, 600) or alone[0].returncode:
+        if not wait(alone, 3600) or alone[0].returncode:
             sys.exit((logs / "0.err").read_text()[-2000:])
         run, kills, slowest = "gs://bucket/run", 0, 0.0
         for number in range(2 * options.kills + 1):
@@ -120,7 +120,7 @@ def main() -> None:
                     deadline = time.monotonic() + moments.uniform(0, 6)
                 done = wait(processes, deadline - time.monotonic())
             if kills == options.kills or done:
-                ended = done or wait(processes, 600)
+                ended = done or wait(processes, 3600)
             else:
                 processes[victim].kill()
                 kills, since = kills + 1, time.monotonic()
