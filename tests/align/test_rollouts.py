@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -171,6 +172,7 @@ def test_when_rounds_are_spoken(ahead, order):
     done = []
     made = object.__new__(Rollouts)
     made._settings = GrpoSettings(updates=2, ahead=ahead)
+    made._scorers = ExitStack()
     made._place, made._next, made.last = Place(), None, 3
     made._speak = lambda number: done.append(f"speak {number}") or number_of(number)
     made._rated = lambda spoken: done.append(f"rate {spoken.number}") or {"x": np.zeros(1)}
