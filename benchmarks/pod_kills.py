@@ -147,6 +147,10 @@ def main() -> None:
             "longest end of the others, s": round(slowest, 1),
             "lines of metrics": len(ours),
             "equal to one process's, bit for bit": ours == theirs,
+            "largest difference of a loss": max(
+                abs(mine[1].get("loss", 0.0) - other[1].get("loss", 0.0))
+                for mine, other in zip(ours, theirs, strict=False)
+            ),
         }
         print(json.dumps(result, indent=2))
         if ours != theirs or kills < options.kills:
