@@ -101,6 +101,7 @@ def main() -> None:
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder, served("gs", Path(folder)) as address:
         scratch = Path(folder)
+        os.chdir(scratch)  # this process's copies and programs are beside the hosts'
         os.environ.update(environment("gs", address))
         put_up(scratch)
         logs, alone = processes_of(scratch, "alone", "gs://bucket/alone", options.steps, 1)
