@@ -5,7 +5,6 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from multiprocessing.connection import wait
@@ -20,6 +19,7 @@ from llasa_jax.data.shards import Shard
 from llasa_jax.encode.offline import Job, Summary, codec_metadata, make_shard, seal
 from llasa_jax.encode.readers import without_main
 from llasa_jax.errors import UserError
+from llasa_jax.runtime.signals import end_with_parent
 from llasa_jax.runtime.storage import check_writable
 
 CHANCES = 3  # how many processes may die of one shard
@@ -166,7 +166,7 @@ def _cores_of(device: str, number: int, count: int) -> Iterator[None]:
 def _work(job: Job, device: str, pipe) -> None:
     """A process's life: opens the job, then makes the shards whose numbers it receives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if device == "cpu" and hasattr(os, "sched_setaffinity"):
         import torch
 
@@ -181,10 +181,3 @@ def _work(job: Job, device: str, pipe) -> None:
         pipe.send(("error", error))
     except (EOFError, BrokenPipeError):
         return
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

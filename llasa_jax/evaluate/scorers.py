@@ -14,6 +14,7 @@ from llasa_jax.evaluate import recognisers, voices
 from llasa_jax.evaluate.known import DOOR, KEYS, recording
 from llasa_jax.evaluate.levels import Levels
 from llasa_jax.evaluate.recognisers import Recogniser
+from llasa_jax.runtime.signals import end_with_parent
 from llasa_jax.speech.audio import SAMPLE_RATE
 
 
@@ -145,7 +146,7 @@ class Scoring:
 
     def __init__(self, names: Sequence[str], device: str = "cpu", language: str = ""):
         # Not forked: JAX and PyTorch have threads by now.
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
         try:
             self.higher_is_better = self._pool.submit(_load, names, device, language).result()
         except BaseException:

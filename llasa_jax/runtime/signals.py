@@ -3,6 +3,7 @@ interrupt, which is left behind.
 """
 
 import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -136,6 +137,21 @@ def unless(stopped: Callable[[], int], work: Callable[[], T]) -> T | None:
     if failure:
         raise failure[0]
     return result[0] if result else None
+
+
+def end_with_parent() -> None:
+    """Lets this process, which multiprocessing started, end as soon as its parent has, even if that
+    was killed.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def leave(status: int) -> int:

@@ -1,6 +1,9 @@
 import json
+import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -370,3 +373,30 @@ def test_scoring_in_a_process_beside():
         assert second.result().numbers["wer"][0] > 0.5
     with pytest.raises(UserError, match="there is no scorer 'x'"):
         Scoring(["x"])
+
+
+def test_scorers_end_with_a_process_that_is_killed():
+    code = (
+        "import multiprocessing, time\n"
+        "from llasa_jax.evaluate.scorers import Scoring\n"
+        "if __name__ == '__main__':\n"
+        "    scoring = Scoring(['levels'])\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        beside = int(process.stdout.readline())
+        assert alive(beside)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while alive(beside):
+        assert time.monotonic() < deadline, f"process {beside} is still there"
+        time.sleep(0.1)
+
+
+def alive(number):
+    """Whether a process runs; one that has ended may still be listed, as a zombie (Linux)."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
