@@ -47,14 +47,16 @@ def put_up(folder: Path) -> None:
     write_dataset("gs://bucket/records", splits, {"codec": "tiny", "fingerprint": "unknown"})
 
 
-def settings(out: str, steps: int, hosts: int) -> list[str]:
+def settings(out: str, steps: int) -> list[str]:
     return [
         *("--model.path=gs://bucket/model", "--data.path=gs://bucket/records", f"--out={out}"),
         *("--data.validation_split=validation", "--data.streams=4", "--train.validate_every=50"),
         *(f"--train.steps={steps}", "--train.rows=4", "--train.save_every=10", "--train.keep=2"),
         *("--optimizer.learning_rate=0.01", "--mesh.data=1", f"--mesh.fsdp={DEVICES}"),
-        # For one that was killed before they have met; then host 0 tells those that come late.
-        *(f"--mesh.hosts={'true' if hosts > 1 else 'false'}", "--mesh.start_timeout=20"),
+        # One process says so too: sums over a CPU's devices then go the same way, and round in the
+        # same order, as those over several processes. The timeout is for a host that was killed
+        # before they have met; then host 0 tells those that come late.
+        *("--mesh.hosts=true", "--mesh.start_timeout=20"),
     ]
 
 
@@ -64,8 +66,8 @@ def processes_of(scratch: Path, name: str, out: str, steps: int, hosts: int) -> 
     places = [scratch / f"host{number}" for number in range(hosts)]
     for place in places:
         place.mkdir(exist_ok=True)
-    each = [settings(out, steps, hosts)] * hosts
-    return logs, start(logs, *each, where=places, devices=DEVICES // hosts, launcher=hosts > 1)
+    each = [settings(out, steps)] * hosts
+    return logs, start(logs, *each, where=places, devices=DEVICES // hosts)
 
 
 def begun(logs: Path) -> bool:

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from spoken_world import (
+    NEW_SECONDS,
     NEW_VOICE,
     PHRASES,
     SECONDS,
@@ -33,6 +34,7 @@ from spoken_world import (
     learn,
     make_llama,
     minutes,
+    read_lines,
     record,
     run,
     say,
@@ -74,6 +76,7 @@ def new_voice(out: Path, texts: list[str], asked: list[dict], options) -> None:
     learn(
         *(out, "new_lora", out / "release", records, options.new_steps),
         *("--optimizer.learning_rate=2e-3", "--lora.rank=32", *rest),
+        "--lora.targets=[q,k,v,o,gate,up,down,embed]",
     )
     say(out, "new_after_lora", out / "new_lora", asked)
 
@@ -88,8 +91,7 @@ def measure(out: Path, asked: list[dict], new: list[dict]) -> list[str]:
     ours = waves_of(out / "spoken", asked)
     for name, waves in (("flite", flite), ("through the codec", again), ("the model", ours)):
         table.append(listeners.line(name, asked, waves))
-    lines = [json.loads(line) for line in (out / "spoken/lines.jsonl").read_text().splitlines()]
-    stopped = sum(line["stopped"] for line in lines) / len(asked)
+    stopped = sum(line["stopped"] for line in read_lines(out / "spoken/lines.jsonl")) / len(asked)
     pace = sum(map(len, ours.values())) / sum(len(flite[id]) for id in ours)
     table.append(f"{stopped:.1%} stop by themselves; {pace:.2f} times flite's length")
     table += ["", f"{NEW_VOICE}, a voice of which the model had nothing", title]
@@ -112,18 +114,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gpu", action="store_true", help="with other defaults for what follows")
     gpu = "--gpu" in sys.argv
-    parser.add_argument("--hours", type=float, default=16.7 if gpu else 2.5)
+    parser.add_argument("--hours", type=float, default=74.0 if gpu else 3.0)
     parser.add_argument(
         "--phrases", type=int, default=1200, help="parts of sentences, in all voices"
     )
-    parser.add_argument("--steps", type=int, default=2000 if gpu else 1200)
+    parser.add_argument("--steps", type=int, default=2600 if gpu else 1200)
     parser.add_argument("--rows", type=int, default=16 if gpu else 2)
     parser.add_argument("--sentences", type=int, default=200, help="unseen ones, to be said")
     parser.add_argument("--new-minutes", type=float, default=3.0, help="of the new voice")
     parser.add_argument("--new-steps", type=int, default=150)
-    parser.add_argument("--width", type=int, default=192 if gpu else 128)
+    parser.add_argument("--width", type=int, default=256 if gpu else 128)
     parser.add_argument("--layers", type=int, default=8 if gpu else 6)
-    parser.add_argument("--learning-rate", type=float, default=2e-3 if gpu else 1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if options.gpu else "cpu")
@@ -139,7 +141,7 @@ def main() -> None:
     texts = draw(int(options.hours * 3600 / SECONDS), options.seed, frozenset(unseen))
     phrases = draw(options.phrases, options.seed, patterns=PHRASES)
     asked = record(out / "flite", unseen, "u")
-    few = texts[: max(1, int(options.new_minutes * 60 / SECONDS))]
+    few = texts[: max(1, int(options.new_minutes * 60 / NEW_SECONDS))]
     new = record(out / "flite_new", unseen[: max(1, len(unseen) // 4)], "n", (NEW_VOICE,))
     from_nothing(out, texts, phrases, asked, options)
     new_voice(out, few, new, options)

@@ -1,5 +1,5 @@
-"""The spoken world of speak.py and align.py: sentences, flite's recordings of them, a small Llasa,
-the product's commands, and who listens.
+"""The spoken world of speak.py, preference.py and text_chat.py: sentences, flite's recordings of
+them, a small Llasa, the product's commands, and who listens.
 """
 
 import json
@@ -22,7 +22,8 @@ from llasa_jax.speech.vocab import NUM_CODES, SpeechVocab
 
 VOICES = "slt", "rms", "awb"
 NEW_VOICE = "kal16"
-SECONDS = 2.5  # of a sentence, about
+SECONDS = 3.06  # of a sentence, about
+NEW_SECONDS = 2.5  # of one in the new voice
 SMALL = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEENS = [
     *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"),
@@ -176,6 +177,10 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def say(
     out: Path, name: str, model: Path, asked: list[dict], *more, temperature: float = 0.3
 ) -> None:
@@ -188,7 +193,15 @@ def say(
     )
 
 
-def learn(out: Path, name: str, model: Path, sources: list[dict], steps: int, *more) -> None:
+def learn(
+    out: Path,
+    name: str,
+    model: Path,
+    sources: list[dict],
+    steps: int,
+    *more,
+    prompt: tuple[str, ...] = PROMPT,
+) -> None:
     run(
         "train",
         f"--out={out / name}",
@@ -199,7 +212,7 @@ def learn(out: Path, name: str, model: Path, sources: list[dict], steps: int, *m
         f"--train.steps={steps}",
         f"--train.save_every={max(1, steps // 10)}",
         "--train.keep=1",
-        *PROMPT,
+        *prompt,
         *more,
     )
 
@@ -260,7 +273,7 @@ class Listeners:
         self._encoder = VoiceEncoder("cpu", verbose=False)
         voices: dict[str, list] = {}
         for file in known:
-            for clip in map(json.loads, (out / file).read_text().splitlines()):
+            for clip in read_lines(out / file):
                 of_voice = voices.setdefault(clip["speaker"], [])
                 if len(of_voice) < 10:
                     of_voice.append(self._voice(read_audio(out / clip["audio"])))
@@ -293,6 +306,5 @@ class Listeners:
 
 def minutes(run: Path) -> float:
     """What training took, starts and compilation included."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    times = [row for row in rows if "goodput" in row][-1]
+    times = [row for row in read_lines(run / "metrics.jsonl") if "goodput" in row][-1]
     return sum(value for name, value in times.items() if name.startswith("seconds_")) / 60
