@@ -15,7 +15,13 @@ def keep_programs(folder: str) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not folder and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    least = "jax_persistent_cache_min_compile_time_secs"
+    if "://" not in (folder or given) and least.upper() not in os.environ:
+        # JAX keeps what takes a second to compile. A run has a hundred smaller programs, which
+        # together take as long as its step's; in a bucket, reading them would.
+        jax.config.update(least, 0.0)
+    if not folder and given:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = folder or os.path.join(home, "llasa-jax", "compiled")

@@ -1,6 +1,8 @@
 """How a process learns which of how many it is, and where host 0 is."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -168,7 +170,10 @@ def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, folder):
     assert (
         changed
         == {
-            "": {"jax_compilation_cache_dir": f"{tmp_path}/llasa-jax/compiled"},
+            "": {
+                "jax_compilation_cache_dir": f"{tmp_path}/llasa-jax/compiled",
+                "jax_persistent_cache_min_compile_time_secs": 0.0,
+            },
             "off": {"jax_enable_compilation_cache": False},
             "gs://bucket/compiled": {
                 "jax_compilation_cache_dir": "gs://bucket/compiled",
@@ -179,6 +184,15 @@ def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, folder):
 
 
 def test_what_jax_was_told_of_compiled_programs_stays(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://elsewhere")
     monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("changed"))
     keep_programs("")
+
+
+def test_small_programs_are_kept_too(tmp_path):
+    code = (
+        "import jax, sys; from llasa_jax.runtime.compiled import keep_programs;"
+        " keep_programs(sys.argv[1]); jax.jit(lambda x: x + 1)(1.0)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert list(tmp_path.glob("*-cache"))
