@@ -8,8 +8,8 @@ it does not: word errors of the open recogniser, whose voice it is (Resemblyzer)
 stop by themselves, and the pace. Give `--texts 8 --rounds 2 --seeds 1` to try it.
 
 The tables are also written to `preference.txt` in `--out`. The same command goes on where it was
-stopped. It takes hours on two cores. Needs `python benchmarks/speak.py` with its `--out` before, and
-the extra `evaluate` with Resemblyzer.
+stopped. It takes hours on two cores. Needs `python benchmarks/speak.py` with its `--out` before,
+and the extra `evaluate` with Resemblyzer.
 """
 
 import argparse
