@@ -120,7 +120,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=40, help="of GRPO")
     parser.add_argument("--group-texts", type=int, default=4, help="texts of a round of GRPO")
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="", help="bfloat16 with --gpu, otherwise float32")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--supervised", type=float, default=0.5)
     parser.add_argument("--dpo-rows", type=int, default=4)
@@ -132,6 +132,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = arguments().parse_args()
+    options.dtype = options.dtype or ("bfloat16" if options.gpu else "float32")
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if options.gpu else "cpu")
     out, began = options.out, time.time()
     out.mkdir(parents=True, exist_ok=True)

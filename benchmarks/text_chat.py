@@ -275,7 +275,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lora-rate", type=float, default=1e-3)
     parser.add_argument("--asked", type=int, default=100, help="sentences to be said")
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="", help="bfloat16 with --gpu, otherwise float32")
     return parser
 
 
@@ -289,6 +289,7 @@ VARIANTS = {
 
 def main() -> None:
     options = arguments().parse_args()
+    options.dtype = options.dtype or ("bfloat16" if options.gpu else "float32")
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if options.gpu else "cpu")
     device = "cuda" if options.gpu else "cpu"
     out = options.out
