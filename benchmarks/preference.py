@@ -1,11 +1,11 @@
 """DPO and GRPO in the spoken world: `python benchmarks/preference.py`.
 
-The model that `speak.py` trained learns further from its own speech of texts that it never had
-recordings of: by DPO from pairs that `prefer` makes of the best and the worst of several samples,
-and by GRPO. What is rewarded is what PocketSphinx hears with the world's grammar. What is measured
-are greedy speeches of speak.py's unseen sentences: the word errors that the reward counts, and what
-it does not: word errors of the open recogniser, whose voice it is (Resemblyzer), DNSMOS, how many
-stop by themselves, and the pace. Give `--texts 8 --rounds 2 --seeds 1` to try it.
+The model that `speak.py` trained learns further from its own speech alone, without recordings: by
+DPO from pairs that `prefer` makes of the best and the worst of several samples, and by GRPO. What
+is rewarded is what PocketSphinx hears with the world's grammar. What is measured are greedy
+speeches of speak.py's unseen sentences: the word errors that the reward counts, and what it does
+not: word errors of the open recogniser, whose voice it is (Resemblyzer), DNSMOS, how many stop by
+themselves, and the pace. Give `--texts 8 --rounds 2 --seeds 1` to try it.
 
 The tables are also written to `preference.txt` in `--out`. The same command goes on where it was
 stopped. It takes hours on two cores. Needs `python benchmarks/speak.py` with its `--out` before,

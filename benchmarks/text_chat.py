@@ -238,10 +238,9 @@ def speaking(
     out: Path, name: str, speech: list[dict], chat: Path | None, lora: bool, options
 ) -> Path:
     """OUT/`name`, a run that learns `speech`, and `chat` where it is given; and its release."""
-    speech = [one | {"weight": 0.9 * one["weight"]} for one in speech]
     if chat:
         weight = sum(one["weight"] for one in speech) / 9
-        speech.append({"path": str(chat), "weight": weight, "prompt": {"task": "chat"}})
+        speech = [*speech, {"path": str(chat), "weight": weight, "prompt": {"task": "chat"}}]
     adapters = (
         "--lora.rank=64",
         "--lora.alpha=128",
@@ -298,8 +297,7 @@ def main() -> None:
     model = text_model(out / "hf")
     before = right_answers(out / "answers_before.jsonl", model, device)
     chat = conversations(out / "chat.jsonl", model, options.conversations, options.seed, device)
-    if not (out / "model").exists():
-        run("import-hf", "--extend-vocab", "--new-codes", "levels", model, out / "model")
+    run("import-hf", "--extend-vocab", "--new-codes", "levels", model, out / "model")
     speech = [
         {
             "path": str(options.speak / "train_records"),
@@ -312,14 +310,18 @@ def main() -> None:
         },
     ]
     listeners = Listeners(options.speak)
-    title = f"{'':30}{'words wrong (grammar)':>22}{'(open)':>10}{'right voice':>14}{'kept':>12}"
+    title = (
+        f"{'':30}{'words wrong (grammar)':>22}{'(open)':>10}{'right voice':>14}{'answers':>9}"
+        f"{'kept':>12}"
+    )
     table = [f"{len(before)} of {len(QUESTIONS)} questions answered rightly before", title]
     for name, (with_chat, lora) in VARIANTS.items():
         release = speaking(out, name, speech, chat if with_chat else None, lora, options)
-        kept = before & right_answers(out / f"answers_{name}.jsonl", release, device)
+        right = right_answers(out / f"answers_{name}.jsonl", release, device)
+        kept = len(before & right)
         say(out, f"said_{name}", release, asked)
         line = listeners.line(name, asked, waves_of(out / f"said_{name}", asked))
-        table.append(f"{line}{len(kept):5} ({len(kept) / max(1, len(before)):.0%})")
+        table.append(f"{line}{len(right):9}{kept:6} ({kept / max(1, len(before)):.0%})")
     table.append(json.dumps({name: str(value) for name, value in vars(options).items()}))
     table.append(f"minutes of training: {[round(minutes(out / name)) for name in VARIANTS]}")
     print("\n".join(table))

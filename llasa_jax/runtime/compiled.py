@@ -18,8 +18,8 @@ def keep_programs(folder: str) -> None:
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     least = "jax_persistent_cache_min_compile_time_secs"
     if "://" not in (folder or given) and least.upper() not in os.environ:
-        # JAX keeps what takes a second to compile. A run has a hundred smaller programs, which
-        # together take as long as its step's; in a bucket, reading them would.
+        # By default JAX keeps what takes a second to compile. A run has nearly a hundred smaller
+        # programs, which together take as long as its step's. In a bucket, each is a request.
         jax.config.update(least, 0.0)
     if not folder and given:
         return
