@@ -22,6 +22,7 @@ class DpoLoss:
     """
 
     arrays = {"reference": jnp.float32}
+    temperature = 1.0
 
     def __init__(self, settings: DpoSettings):
         self.settings = settings

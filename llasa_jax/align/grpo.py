@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llasa_jax.align.settings import GrpoSettings
-from llasa_jax.model.loss import Rows, chunked_log_probs
+from llasa_jax.model.loss import Rows, at_temperature, chunked_log_probs
 
 
 def advantages(rewards_GK: np.ndarray, scale: bool = True) -> np.ndarray:
@@ -35,11 +35,12 @@ class GrpoLoss:
 
     Beside what every batch has, it takes numbers for each target, float32: `advantage`, that of its
     speech; `old`, its log-probability, nats, when the speech was drawn, if that was not by the same
-    weights (see `needs_old`); and `reference`, that in the reference model, if `kl` is not 0.
+    weights (see `needs_old`); and `reference`, that in the reference model, if `kl` is not 0. All
+    are log-probabilities at the temperature at which speeches are drawn.
     """
 
     def __init__(self, settings: GrpoSettings):
-        self.settings = settings
+        self.settings, self.temperature = settings, settings.temperature
         names = ["advantage"]
         names += ["old"] if needs_old(settings) else []
         names += ["reference"] if settings.kl else []
@@ -59,6 +60,7 @@ class GrpoLoss:
         reference, nats a target.
         """
         settings, mask_BT, (speeches, targets) = self.settings, rows["loss_mask"], totals
+        features = at_temperature(features, self.temperature)
         log_probs_BT = chunked_log_probs(features, tables, rows["targets"], mask_BT, **sizes)
         # Otherwise the speeches are the model's own: the ratio is 1, and has a gradient.
         old_BT = rows["old"] if "old" in self.arrays else jax.lax.stop_gradient(log_probs_BT)

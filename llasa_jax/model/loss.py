@@ -26,10 +26,12 @@ PARTS = tuple(axis for axis in VOCABULARY if axis not in GROUP)
 
 class Loss(Protocol):
     """What a `TrainStep` minimises. `arrays` are those that its batches have besides, with their
-    types: one number for each target.
+    types: one number for each target. Its log-probabilities are those of scores that are divided
+    by `temperature`.
     """
 
     arrays: dict[str, Any]
+    temperature: float
 
     def totals(self, batch: Rows) -> Any:
         """What sums over a whole batch are divided by."""
@@ -47,6 +49,7 @@ class SupervisedLoss:
     """The mean of -log p over all targets of the batch, whatever row they are in."""
 
     arrays: dict[str, Any] = {}
+    temperature = 1.0
 
     def totals(self, batch: Rows) -> jax.Array:
         return jnp.maximum(batch["loss_mask"].sum(dtype=jnp.float32), 1.0)
@@ -82,6 +85,13 @@ def chunked_cross_entropy(
     return _cross_entropy(
         vocab_size, chunk, mesh, _tuple(hidden_BTD), _tuple(table_VD), targets_BT, mask_BT
     )
+
+
+def at_temperature(features: Factors, temperature: float) -> Factors:
+    """Features whose scores are those of `features`, divided by `temperature`."""
+    if temperature == 1:
+        return features
+    return tuple((x.astype(jnp.float32) / temperature).astype(x.dtype) for x in features)
 
 
 def _tuple(x) -> Factors:

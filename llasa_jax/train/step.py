@@ -16,7 +16,13 @@ from llasa_jax.model.attention import choose_attention
 from llasa_jax.model.config import AdapterConfig, ModelConfig, Quantization
 from llasa_jax.model.llama import Llama
 from llasa_jax.model.lora import join, split
-from llasa_jax.model.loss import Loss, SupervisedLoss, chunked_log_probs, chunked_ranks
+from llasa_jax.model.loss import (
+    Loss,
+    SupervisedLoss,
+    at_temperature,
+    chunked_log_probs,
+    chunked_ranks,
+)
 from llasa_jax.model.settings import ModelSettings
 from llasa_jax.model.sharding import ROWS, MeshLayout, abstract_params, rows_here
 from llasa_jax.train.offload import place_state
@@ -152,11 +158,12 @@ class TrainStep:
 
     def _log_probs(self, frozen, trainable, batch):
         """log p of every target of a whole batch, float32 in its shape, 0 where there is no loss;
-        without dropout.
+        without dropout, at the loss's temperature.
         """
 
         def of(micro_batch):
             rows, features, tables = self._scores(frozen, trainable, micro_batch)
+            features = at_temperature(features, self.loss.temperature)
             return chunked_log_probs(
                 features, tables, rows["targets"], rows["loss_mask"], **self._sizes
             )

@@ -22,11 +22,11 @@ from llasa_jax.train.step import TrainStep
 
 LENGTH = 64
 VALUES = ("advantage", "old", "reference")
-# TRL's names of the variants
+# TRL's names of the variants, each at a temperature of its own.
 TRL = {
-    "grpo": {"normalize": "speeches", "kl": 0.3, "updates": 2},
-    "dapo": {"normalize": "tokens", "epsilon_high": 0.28, "updates": 2},
-    "dr_grpo": {"normalize": "length", "updates": 1},
+    "grpo": {"normalize": "speeches", "kl": 0.3, "updates": 2, "temperature": 1.25},
+    "dapo": {"normalize": "tokens", "epsilon_high": 0.28, "updates": 2, "temperature": 0.8},
+    "dr_grpo": {"normalize": "length", "updates": 1, "temperature": 1.0},
 }
 
 
@@ -95,9 +95,11 @@ def ours(speeches):
     return jax.jit(run)(params_of(hf_llama()))
 
 
-def trl_model():
-    model = copy.deepcopy(hf_llama())
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+def trl_model(form):
+    """As `GRPOTrainer` makes it ready."""
+    model, temperature = copy.deepcopy(hf_llama()), TRL[form]["temperature"]
+    outputs = "log_probs", "entropy", "mean_logits", "is_top1"
+    add_fused_lm_head(model, temperature=temperature, outputs=outputs)
     return model
 
 
@@ -113,7 +115,7 @@ def loss_of_trl(model, speeches, form):
 
 @pytest.mark.parametrize("form", TRL)
 def test_loss_and_gradients_equal_trl(form, speeches, ours):
-    settings, model = GrpoSettings(**TRL[form]), trl_model()
+    settings, model = GrpoSettings(**TRL[form]), trl_model(form)
     theirs = loss_of_trl(model, speeches, form)
     theirs.backward()
     loss, grads, numbers = ours[form]
@@ -125,6 +127,17 @@ def test_loss_and_gradients_equal_trl(form, speeches, ours):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), grads, grads_of(model)
     )
+
+
+def test_log_probs_are_at_the_temperature_of_the_sampling(speeches):
+    """Those that `old` and `reference` are, of transformers' logits."""
+    model, batch = hf_llama(), batch_of([[example(*each)] for each in speeches])
+    found = np.asarray(new_step(temperature=0.8).log_probs({}, params_of(model), batch))[0]
+    for row, (prompt, said, *_) in zip(found, speeches, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor(np.concatenate([prompt, said]))[None]).logits[0]
+        theirs = (logits[len(prompt) - 1 : -1] / 0.8).log_softmax(-1)[range(len(said)), said]
+        np.testing.assert_allclose(row[len(prompt) - 1 :][: len(said)], theirs, atol=1e-5)
 
 
 @pytest.mark.soak
@@ -153,7 +166,7 @@ def test_packed_rows_on_a_mesh_equal_padded_ones(speeches):
 @pytest.mark.parametrize("form", TRL)
 def test_twenty_steps_equal_trl(form):
     """Rounds of two texts and four speeches of each, trained on as often as the form does."""
-    model, step, rng = trl_model(), new_step(**TRL[form]), np.random.default_rng(0)
+    model, step, rng = trl_model(form), new_step(**TRL[form]), np.random.default_rng(0)
     update, start, params = updates_in_torch(model), params_of(hf_llama()), params_of(hf_llama())
     state, clipped = step.init(params), []
 
