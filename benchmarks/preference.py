@@ -3,18 +3,21 @@
 The model that `speak.py` trained learns further from its own speech alone, without recordings: by
 DPO from pairs that `prefer` makes of the best and the worst of several samples, and by GRPO. What
 is rewarded is what PocketSphinx hears with the world's grammar. What is measured are greedy
-speeches of speak.py's unseen sentences: the word errors that the reward counts, and what it does
-not: word errors of the open recogniser, whose voice it is (Resemblyzer), DNSMOS, how many stop by
-themselves, and the pace. Give `--texts 8 --rounds 2 --seeds 1` to try it.
+speeches of sentences that are in neither's training data: the word errors that the reward counts,
+and what it does not: word errors of the open recogniser, whose voice it is (Resemblyzer), DNSMOS,
+how many stop by themselves, and the pace. Give `--texts 8 --rounds 2 --seeds 1 --group-texts 4
+--sentences 8` to try it.
 
 The tables are also written to `preference.txt` in `--out`. The same command goes on where it was
-stopped. It takes hours on two cores. Needs `python benchmarks/speak.py` with its `--out` before,
-and the extra `evaluate` with Resemblyzer.
+stopped. It takes many hours on two cores; `--gpu` does it on a GPU with more texts and rounds.
+Needs `python benchmarks/speak.py` with its `--out` before, and the extra `evaluate` with
+Resemblyzer.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from spoken_world import (
     grammar,
     minutes,
     read_lines,
+    record,
     run,
     say,
     waves_of,
@@ -53,7 +57,8 @@ def make_pairs(out: Path, release: Path, texts: Path, scorer: str, options) -> P
     run(
         *("prefer", release, "--texts", texts, "--out", out / "pairs", "--codec", CODEC),
         *("--device", "jax", "--samples", options.samples, "--scorer", scorer, *SAMPLING),
-        *("--pairs", options.pairs, "--rows", "64", "--dtype", "float32"),
+        *("--pairs", options.pairs, "--rows", options.rows, "--dtype", "float32"),
+        *("--scorer-processes", options.scorer_processes),
     )
     return out / "pairs"
 
@@ -85,12 +90,15 @@ def by_grpo(out: Path, release: Path, texts: Path, scorer: str, seed: int, optio
     return align(
         *(out, f"grpo_{seed}", release, options, f"--data.path={texts}", "--align.loss=grpo"),
         # Three speeches of the greatest length fit into a row.
-        *(f"--train.rows={-(-speeches // 3)}", f"--train.steps={options.rounds}"),
+        f"--train.rows={-(-speeches // 3)}",
+        f"--train.steps={options.rounds * options.updates}",
+        f"--align.grpo.updates={options.updates}",
         *(f"--align.grpo.scorers={json.dumps([scorer])}", "--align.grpo.language=en"),
         *(f"--align.grpo.rewards={json.dumps(rewards)}", "--align.grpo.epsilon_high=0.28"),
         *(f"--align.grpo.texts={options.group_texts}", f"--align.grpo.samples={options.samples}"),
         *(f"--align.grpo.rows={speeches}", f"--align.grpo.max_seconds={LONGEST}"),
         *("--align.grpo.temperature=0.9", "--align.grpo.top_p=0.95", "--train.save_every=10"),
+        *(f"--align.grpo.processes={options.scorer_processes}", "--optimizer.schedule=constant"),
         *(f"--log.codec={CODEC}", "--log.codec_device=jax", f"--train.seed={seed}"),
         f"--optimizer.learning_rate={options.grpo_rate}",
     )
@@ -114,16 +122,27 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(".cache/preference"))
     parser.add_argument("--seed", type=int, default=0, help="of the texts")
     parser.add_argument("--seeds", type=int, default=2, help="of DPO and GRPO")
-    parser.add_argument("--texts", type=int, default=240, help="that it speaks to learn from")
+    parser.add_argument("--gpu", action="store_true", help="with other defaults for what follows")
+    gpu = "--gpu" in sys.argv
+    parser.add_argument("--sentences", type=int, default=600, help="unseen ones, to be said")
+    texts = 2400 if gpu else 240
+    parser.add_argument("--texts", type=int, default=texts, help="that it speaks to learn from")
     parser.add_argument("--samples", type=int, default=8, help="speeches of each")
     parser.add_argument("--pairs", type=int, default=2, help="of each text")
-    parser.add_argument("--rounds", type=int, default=40, help="of GRPO")
-    parser.add_argument("--group-texts", type=int, default=4, help="texts of a round of GRPO")
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--dtype", default="", help="bfloat16 with --gpu, otherwise float32")
+    rows = 512 if gpu else 64
+    parser.add_argument("--rows", type=int, default=rows, help="speeches drawn at once for DPO")
+    parser.add_argument("--rounds", type=int, default=150 if gpu else 40, help="of GRPO")
+    parser.add_argument("--updates", type=int, default=1, help="steps of a round of GRPO")
+    group_texts = 16 if gpu else 4
+    parser.add_argument(
+        "--group-texts", type=int, default=group_texts, help="texts of a round of GRPO"
+    )
+    cores = os.cpu_count() or 1
+    parser.add_argument("--scorer-processes", type=int, default=max(1, cores - 2))
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--supervised", type=float, default=0.5)
-    parser.add_argument("--dpo-rows", type=int, default=4)
+    parser.add_argument("--dpo-rows", type=int, default=8 if gpu else 4)
     parser.add_argument("--dpo-epochs", type=float, default=1)
     parser.add_argument("--dpo-rate", type=float, default=5e-5)
     parser.add_argument("--grpo-rate", type=float, default=1e-4)
@@ -132,11 +151,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = arguments().parse_args()
-    options.dtype = options.dtype or ("bfloat16" if options.gpu else "float32")
     os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if options.gpu else "cpu")
     out, began = options.out, time.time()
     out.mkdir(parents=True, exist_ok=True)
-    asked = read_lines(options.speak / "spoken.jsonl")
+    known = frozenset(clip["text"] for clip in read_lines(options.speak / "train.jsonl"))
+    # The first ones are those that speak.py asks, where both have one seed.
+    asked = record(out / "flite", draw(options.sentences, options.seed + 1, known), "u")
     to_learn = texts_to_learn(out, options.texts, options.seed, asked)
     rules = out / "world.gram"
     rules.write_text(grammar())
@@ -147,7 +167,7 @@ def main() -> None:
         spoken[f"dpo_{seed}"] = by_dpo(out, release, pairs, seed, options)
         spoken[f"grpo_{seed}"] = by_grpo(out, release, to_learn, scorer, seed, options)
     listeners, quality = Listeners(options.speak), dnsmos("cpu")
-    flite = waves_of(options.speak / "flite", asked)
+    flite = waves_of(out / "flite", asked)
     table = [
         f"{len(asked)} texts in no training data, spoken greedily",
         f"{'':30}{'words wrong (grammar)':>22}{'(open)':>10}{'right voice':>14}{'DNSMOS':>9}"

@@ -34,7 +34,7 @@ from llasa_jax.generate.settings import SpeechSettings
 from llasa_jax.generate.speaker import Said, Speaker
 from llasa_jax.speech.prompts import join_texts
 
-WAITING = 4  # texts whose samples wait for the scorers before the model is made to wait
+WAITING = 4  # texts whose samples wait for each process of scorers before the model waits
 # Published work on Llasa draws from this, which leaves out the tail that a temperature above 1
 # raises.
 SAMPLING = SamplingSettings(temperature=1.1, top_k=75, top_p=0.9)
@@ -52,6 +52,7 @@ def prefer(
     gap: float = 0.0,
     scorers: Sequence[str] = DEFAULT_SCORERS,
     scorer_device: str = "cpu",
+    scorer_processes: int = 1,
     language: str = "",
     speaker: str = "",
     most: int = 0,
@@ -103,7 +104,7 @@ def prefer(
                 tensor=tensor,
                 rows=rows,
             )
-            with Scoring(scorers, scorer_device, language) as scoring:
+            with Scoring(scorers, scorer_device, language, scorer_processes) as scoring:
                 _sample(voice, scoring, items, missing, samples, sampling, bool(speaker), journal)
         rows_of = [journal.rows[item.id] for item in items]
         made = [
@@ -147,23 +148,27 @@ def _sample(
         voice.check(line)
     references = References(items, voice.codec)
     about = codec_metadata(voice.codec)
-    waiting: deque[tuple[int, list[Said], Future[Scores]]] = deque()
+    waiting: deque[tuple[int, list[Said], Future[Future[Scores]]]] = deque()
 
     def finish() -> None:
         at, said, scores = waiting.popleft()
-        row = _row(items[at], said, scores.result(), scoring.higher_is_better)
+        row = _row(items[at], said, scores.result().result(), scoring.higher_is_better)
         journal.add(row | {"codec": about})
         print(f"{len(journal.rows):,} of {len(items):,} texts", flush=True)
 
-    def scored(at: int, said: Sequence[Said]) -> Scores:
+    def begin(at: int, said: Sequence[Said]) -> Future[Scores]:
         waves = [voice.sound(one, SPEECH).wave for one in said]
         count = len(waves)
-        return scoring.submit(waves, [items[at].text] * count, [references.of(at)] * count).result()
+        return scoring.submit(waves, [items[at].text] * count, [references.of(at)] * count)
+
+    def first_is_done() -> bool:
+        begun = waiting[0][2]
+        return begun.done() and begun.result().done()
 
     with ThreadPoolExecutor(1) as pool:
         for at, said in draw(voice, lines, samples, sampling):
-            waiting.append((at, said, pool.submit(scored, at, said)))
-            while len(waiting) > WAITING or (waiting and waiting[0][2].done()):
+            waiting.append((at, said, pool.submit(begin, at, said)))
+            while len(waiting) > WAITING * scoring.processes or (waiting and first_is_done()):
                 finish()
         while waiting:
             finish()

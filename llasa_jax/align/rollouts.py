@@ -12,7 +12,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,9 @@ class Rollouts(grain.DatasetIterator):
         self._references = References(items, codec)
         how = settings.device, language_of(items, settings.language)
         with ExitStack() as stack:  # ends the processes if this fails
-            self._scoring = stack.enter_context(Scoring(settings.scorers, *how))
+            self._scoring = stack.enter_context(
+                Scoring(settings.scorers, *how, processes=settings.processes)
+            )
             known = self._scoring.higher_is_better
             if unknown := [one.score for one in settings.parts if one.score not in known]:
                 raise UserError(
@@ -118,10 +120,10 @@ class Rollouts(grain.DatasetIterator):
                 )
             # Beside the others, for both may give a number of one name.
             self._guards = {
-                name: stack.enter_context(Scoring([name], *how))
+                name: stack.enter_context(Scoring([name], *how, processes=settings.processes))
                 for name in sorted({one.scorer for one in settings.guards})
             }
-            # Codes become sound and are scored while the next texts are spoken.
+            # Codes become sound while the next texts are spoken.
             self._pool = ThreadPoolExecutor(1)
             stack.callback(self._pool.shutdown, cancel_futures=True)
             self._scorers = stack.pop_all()
@@ -203,7 +205,8 @@ class Rollouts(grain.DatasetIterator):
     def _rated(self, spoken: Round) -> dict[str, np.ndarray]:
         """Waits for the scores of a round, logs them, and makes the batch."""
         settings, chosen = self._settings, list(spoken.said)
-        scores = together({at: future.result() for at, future in spoken.scored.items()}, chosen)
+        scored = {at: self._scores(begun.result()) for at, begun in spoken.scored.items()}
+        scores = together(scored, chosen)
         speeches = [one for of_text in spoken.said.values() for one in of_text]
         stopped = np.array([one.stopped for one in speeches])
         codes = np.array([sum(map(len, one.pieces)) for one in speeches])
@@ -260,17 +263,21 @@ class Rollouts(grain.DatasetIterator):
     def _submit(self, spoken: Round, at: int) -> None:
         """Has a text's speeches scored, if that is this host's part."""
         if list(spoken.said).index(at) % jax.process_count() == jax.process_index():
-            spoken.scored[at] = self._pool.submit(self._score, at, spoken.said[at])
+            spoken.scored[at] = self._pool.submit(self._begin, at, spoken.said[at])
 
-    def _score(self, at: int, speeches: Sequence[Said]) -> Scores:
+    def _begin(self, at: int, speeches: Sequence[Said]) -> list[Future[Scores]]:
+        """Begins to score a text's speeches: by what is rewarded, then by each of the guards."""
         waves = [self._speaker.sound(one, SPEECH).wave for one in speeches]
         count = len(waves)
         given = waves, [self._items[at].text] * count, [self._references.of(at)] * count
-        scored = self._scoring.submit(*given)
-        guarded = {name: scoring.submit(*given) for name, scoring in self._guards.items()}
-        numbers, transcripts = scored.result()
+        return [scoring.submit(*given) for scoring in (self._scoring, *self._guards.values())]
+
+    def _scores(self, begun: list[Future[Scores]]) -> Scores:
+        """Waits for what `_begin` has begun; the guards' numbers are named after their scorers."""
+        (numbers, transcripts), *guarded = [future.result() for future in begun]
+        by_guard = dict(zip(self._guards, guarded, strict=True))
         for guard in self._settings.guards:
-            found = guarded[guard.scorer].result().numbers
+            found = by_guard[guard.scorer].numbers
             if guard.score not in found:
                 raise UserError(
                     f"align.grpo.guards names {guard.score}, which {guard.scorer} does not measure;"

@@ -15,14 +15,15 @@ from llasa_jax.runtime import hosts
 @dataclass
 class Round:
     """The speeches of the texts of round `number`, by the texts' places in their list; `scored` are
-    the scores of those that this host rates, as they come. `old` is float32 of a batch's shape, the
-    log-probabilities of the targets when they were drawn, nats, where the loss takes them.
+    the scores of those that this host rates, by each scorer, as they come. `old` is float32 of a
+    batch's shape, the log-probabilities of the targets when they were drawn, nats, where the loss
+    takes them.
     """
 
     number: int
     said: dict[int, list[Said]]
     old: np.ndarray | None = None
-    scored: dict[int, Future[Scores]] = field(default_factory=dict)
+    scored: dict[int, Future[list[Future[Scores]]]] = field(default_factory=dict)
 
     def written(self) -> dict:
         """For JSON, without the scores, which are measured again."""

@@ -84,7 +84,8 @@ class GrpoSettings:
     texts: int = setting(4, low=1, high=65536)
     """Texts of a round. All their speeches must fit into one step's rows."""
     temperature: float = setting(1.1, above=0, high=1000)
-    """Of the sampling: speeches must differ."""
+    """Of the sampling: speeches must differ. What is learned from are the log-probabilities at this
+    temperature."""
     top_k: int = setting(75, low=0, high=1_000_000)
     """Draw among the so many most probable codes alone; 0, among all."""
     top_p: float = setting(0.9, above=0, high=1)
@@ -102,7 +103,10 @@ class GrpoSettings:
         words="a device as PyTorch names it, such as cpu or cuda:1",
         resume=True,
     )
-    """Device of the scorers, which run in a process of their own."""
+    """Device of the scorers, which run in processes of their own."""
+    processes: int = setting(1, low=1, high=1024, resume=True)
+    """Processes of the scorers on each host, each with a copy of them all. The texts of a round are
+    scored by turns; more are faster where scorers on the CPU take longer than the devices."""
     language: str = setting("")
     """Language of the texts, such as en or zh; empty, unknown."""
     rewards: list[RewardSettings] = setting(list)

@@ -29,6 +29,7 @@ def evaluate(args) -> None:
         steps=args.steps,
         scorers=args.scorer or SCORERS,
         scorer_device=args.scorer_device,
+        scorer_processes=args.scorer_processes,
         language=args.language,
         speaker=args.speaker,
         most=args.sample,
@@ -99,6 +100,12 @@ def add_scorers(parser) -> None:
     )
     parser.add_argument(
         "--scorer-device", default="cpu", help="what runs the scorers: a device of PyTorch's"
+    )
+    parser.add_argument(
+        "--scorer-processes",
+        type=number(int, low=1, high=1024),
+        default=1,
+        help="processes of the scorers, each with a copy of them all",
     )
     parser.add_argument(
         "--language",

@@ -34,6 +34,7 @@ def prefer(args) -> None:
         gap=args.gap,
         scorers=args.scorer or SCORERS,
         scorer_device=args.scorer_device,
+        scorer_processes=args.scorer_processes,
         language=args.language,
         speaker=args.speaker,
         most=args.sample,

@@ -29,6 +29,7 @@ def evaluate(
     steps: str = "",
     scorers: Sequence[str] = DEFAULT_SCORERS,
     scorer_device: str = "cpu",
+    scorer_processes: int = 1,
     language: str = "",
     speaker: str = "",
     most: int = 0,
@@ -78,7 +79,7 @@ def evaluate(
         names={"speaker"} if speaker else set(),  # named on purpose: refused if not mentioned
     )
     voices = {name: partial(load_voice, step) for name, step in chosen.items()}
-    with Scoring(scorers, scorer_device, language) as scoring:
+    with Scoring(scorers, scorer_device, language, scorer_processes) as scoring:
         return Evaluation(out, items, voices, scoring, sound, settings).run()
 
 

@@ -29,7 +29,7 @@ from llasa_jax.speech.audio import read_audio, write_audio
 SETTINGS, ROWS, RESULTS, PAGE = "evaluation.json", "rows.jsonl", "results.json", "index.html"
 BATCH = 16  # clips that are scored at once
 NAMES = ("model", "texts", "codec", "fingerprints")  # of the settings; may differ, or are apart
-WAITING = 2  # batches that wait for the scorers before the model is made to wait
+WAITING = 2  # batches that wait for each process of scorers before the model is made to wait
 
 
 class Spoken(NamedTuple):
@@ -101,7 +101,7 @@ class Evaluation:
             for batch in _batches(voice([self.items[at] for at in missing]), BATCH):
                 spoken = [each._replace(item=missing[each.item]) for each in batch]
                 waiting.append((spoken, self._begin(checkpoint, spoken)))
-                while len(waiting) > WAITING:
+                while len(waiting) > WAITING * self.scoring.processes:
                     self._finish(checkpoint, *waiting.pop(0), rows, file)
             while waiting:
                 self._finish(checkpoint, *waiting.pop(0), rows, file)

@@ -1,5 +1,6 @@
 """Scorers: speech, its text and a reference in, numbers out; by name, and checked when loaded."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -138,17 +139,25 @@ class Scores(NamedTuple):
 
 
 class Scoring:
-    """Several scorers in a process of their own, beside the model: its Python and its memory are
-    not theirs. A context, at whose end the process ends.
+    """Several scorers in `processes` of their own, beside the model: its Python and its memory are
+    not theirs. Each process has them all. A context, at whose end the processes end.
 
     Raises UserError at once for what cannot be loaded.
     """
 
-    def __init__(self, names: Sequence[str], device: str = "cpu", language: str = ""):
-        # Not forked: JAX and PyTorch have threads by now.
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent)
+    def __init__(
+        self, names: Sequence[str], device: str = "cpu", language: str = "", processes: int = 1
+    ):
+        self.processes = processes
+        # Not forked: JAX and PyTorch have threads by now. A pool for each, so that each loads.
+        self._pools = [
+            ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) for _ in range(processes)
+        ]
+        self._turns = itertools.cycle(self._pools)
         try:
-            self.higher_is_better = self._pool.submit(_load, names, device, language).result()
+            threads = max(1, (os.cpu_count() or 1) // 2 // processes)
+            loading = [pool.submit(_load, names, device, language, threads) for pool in self._pools]
+            (self.higher_is_better, *_) = [each.result() for each in loading]
         except BaseException:
             self.__exit__()
             raise
@@ -159,14 +168,17 @@ class Scoring:
         texts: Sequence[str],
         references: Sequence[np.ndarray | None],
     ) -> Future[Scores]:
-        """Begins to score clips, after those of earlier calls; the arguments are a scorer's."""
-        return self._pool.submit(_score, waves, texts, references)
+        """Begins to score clips, in the processes by turns, each after its earlier ones; the
+        arguments are a scorer's.
+        """
+        return next(self._turns).submit(_score, waves, texts, references)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._pool.shutdown(wait=not any(error), cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=not any(error), cancel_futures=True)
 
 
 def load_scorers(names: Sequence[str], device: str = "cpu", language: str = "") -> list[Scorer]:
@@ -205,9 +217,9 @@ def score(
 _SCORERS: list[Scorer] = []  # of the process beside
 
 
-def _load(names: Sequence[str], device: str, language: str) -> dict[str, bool]:
+def _load(names: Sequence[str], device: str, language: str, threads: int) -> dict[str, bool]:
     # Read when PyTorch is imported; the model has use for the other cores.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // 2))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     _SCORERS[:] = load_scorers(names, device, language)
     return {name: higher for scorer in _SCORERS for name, higher in scorer.higher_is_better.items()}
 

@@ -35,6 +35,7 @@ class LowVoices:
     """Scorers in this process: `low` is the mean level, the lower the better."""
 
     higher_is_better = {"low": False}
+    processes = 1
 
     def __init__(self, *_):
         self.done = 0

@@ -45,7 +45,7 @@ class LowVoices:
 
     higher_is_better = {"low": False}
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         pass
 
     def __enter__(self):
@@ -246,11 +246,11 @@ def test_a_guard_is_measured_beside_the_reward():
         _guards={"other": LowVoices()},
     )
     waves = [np.full(4, 0.25), np.full(4, 0.5)]
-    scores = Rollouts._score(made, 0, waves)
+    scores = Rollouts._scores(made, Rollouts._begin(made, 0, waves))
     assert scores.of(1) == {"low": 0.5, "other_low": 0.5}
     made._settings = GrpoSettings(guards=[GuardSettings("other", "silence")])
     with pytest.raises(UserError, match="names silence, which other does not measure; it measures"):
-        Rollouts._score(made, 0, waves)
+        Rollouts._scores(made, Rollouts._begin(made, 0, waves))
     with pytest.raises(UserError, match=r"align.grpo.guards.*least is above"):
         GuardSettings(least=1.0, most=0.0).check("align.grpo.guards")
 

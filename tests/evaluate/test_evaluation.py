@@ -26,6 +26,8 @@ CLIPS = {"rms_1": DOOR, "rms_2": KEYS, "slt_2": KEYS}
 class Here:
     """`Scoring` in this process."""
 
+    processes = 1
+
     def __init__(self, *scorers):
         self._scorers = scorers
         self.higher_is_better = {k: v for each in scorers for k, v in each.higher_is_better.items()}

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -363,16 +364,21 @@ def test_levels():
 
 
 @pytest.mark.slow
-def test_scoring_in_a_process_beside():
-    with Scoring(["levels", "pocketsphinx"]) as scoring:
+def test_scoring_in_processes_beside():
+    with Scoring(["levels", "pocketsphinx"], processes=2) as scoring:
         assert scoring.higher_is_better["wer"] is False
-        first, second = (
-            scoring.submit([recording(name)], [KEYS], [None]) for name in ("rms_2", "rms_1")
+        assert len(multiprocessing.active_children()) == 2
+        first, second, again = (
+            scoring.submit([recording(name)], [KEYS], [None])
+            for name in ("rms_2", "rms_1", "rms_1")
         )
         assert first.result().transcripts == ["i left my keys on the table"]
         assert second.result().numbers["wer"][0] > 0.5
+        # Which process scores it, and after what, changes nothing.
+        assert second.result().of(0) == again.result().of(0)
     with pytest.raises(UserError, match="there is no scorer 'x'"):
-        Scoring(["x"])
+        Scoring(["x"], processes=2)
+    assert not multiprocessing.active_children()
 
 
 def test_scorers_end_with_a_process_that_is_killed():
