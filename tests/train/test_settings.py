@@ -148,7 +148,7 @@ def test_what_may_change_when_a_run_resumes():
         *(f"mesh.{name}" for name in (*mesh.split(), "compiled")),
         *(f"model.{name}" for name in ("attention", "remat", "loss_chunk")),
         *(f"train.{name}" for name in train.split()),
-        *(f"align.grpo.{name}" for name in ("rows", "device", "patience", "guards")),
+        *(f"align.grpo.{name}" for name in ("rows", "device", "processes", "patience", "guards")),
         *(f"align.grpo.{name}" for name in ("audio_every", "least_stopped", "most_pace")),
         *(f"evaluate.{name}" for name in ("every", "texts", "scorers", "device")),
         *(f"evaluate.{name}" for name in ("speaker", "reference", "language")),
