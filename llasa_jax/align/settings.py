@@ -105,8 +105,9 @@ class GrpoSettings:
     )
     """Device of the scorers, which run in processes of their own."""
     processes: int = setting(1, low=1, high=1024, resume=True)
-    """Processes of the scorers on each host, each with a copy of them all. The texts of a round are
-    scored by turns; more are faster where scorers on the CPU take longer than the devices."""
+    """Processes of the scorers on each host, each with a copy of them all, and as many for each
+    scorer of a guard. The texts of a round are scored by turns, so more shorten a round where
+    scorers on the CPU take longer than the devices."""
     language: str = setting("")
     """Language of the texts, such as en or zh; empty, unknown."""
     rewards: list[RewardSettings] = setting(list)

@@ -88,7 +88,9 @@ def chunked_cross_entropy(
 
 
 def at_temperature(features: Factors, temperature: float) -> Factors:
-    """Features whose scores are those of `features`, divided by `temperature`."""
+    """Features, [..., F] each in its own type, whose scores are those of `features`, divided by
+    `temperature`, which is above 0.
+    """
     if temperature == 1:
         return features
     return tuple((x.astype(jnp.float32) / temperature).astype(x.dtype) for x in features)
