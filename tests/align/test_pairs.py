@@ -35,10 +35,10 @@ class LowVoices:
     """Scorers in this process: `low` is the mean level, the lower the better."""
 
     higher_is_better = {"low": False}
-    processes = 1
 
-    def __init__(self, *_):
-        self.done = 0
+    def __init__(self, names, device="cpu", language="", processes=1):
+        self.given, self.processes = (names, device, language, processes), processes
+        LowVoices.last = self
 
     def __enter__(self):
         return self
@@ -63,7 +63,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speaker, "plausible_limit", lambda text: 8)
         patch.setattr(module, "Scoring", LowVoices)
-        assert main(command(folder, folder / "pairs")) == 0
+        assert main(command(folder, folder / "pairs", "--scorer-processes", "2")) == 0
+    assert LowVoices.last.given[1:] == ("cpu", "", 2)
     return folder
 
 
